@@ -1,0 +1,37 @@
+"""Preference training in JAX, with the trained model read as the soft Q-function it is.
+
+*From r to Q\\*: Your Language Model is Secretly a Q-Function* (arXiv 2404.12358) shows
+that a policy trained by DPO is the optimal soft Q-function of the token-level MDP.
+Data flows through the modules in this order:
+
+    pairs        files and hubs -> (prompt, chosen, rejected), validated row by row
+    synthetic    the built-in summarisation task, whose wrong tokens are known
+    tokens       text -> token ids, truncation, EOS; the memory-mapped token store
+    batching     tokenised examples -> fixed-shape rows [prompt | chosen | rejected]
+    sharding     the device mesh; the table parameter -> PartitionSpec
+    pythia       the GPT-NeoX model: tokens -> hidden states; the unembedding
+    convert      Hugging Face weights <-> parameters
+    qfunction    hidden states -> log-probabilities of the scored tokens
+    losses       the objectives: one number per pair
+    reference    the reference's token log-probabilities, computed once
+    train        state, objectives, the jitted step, the loop, the stages
+    checkpoint   Orbax: save, resume, load parameters
+    analysis     figures and tables
+
+Axes in shapes: B rows, T positions, S scored positions, G groups of rows, P pairs to a
+group, V vocabulary, D width, F MLP width, N heads, H head width, L layers.
+
+`logps` are log-probabilities: a bare `logps` is the sum over a response, `token_logps`
+is per token.
+"""
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: one line with file, row or field, and the remedy.
+
+    The launchers print it and exit with status 2; anything else is a bug and keeps its
+    traceback.
+
+    >>> str(InputError("runs/a: belongs to another configuration"))
+    'runs/a: belongs to another configuration'
+    """

@@ -1,0 +1,453 @@
+"""The GPT-NeoX model of the Pythia suite: tokens -> hidden states; the unembedding.
+
+A row may hold several segments, and a segment a prompt with several responses: who may
+attend to whom is read off `segment_ids` and `branch_ids`, rotary angles off `positions`.
+Left out: logits of whole rows in training (`qfunction` takes the scored positions in
+chunks), the placement of parameters (`sharding`), files (`convert`), and dropout, which
+Pythia does not use.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxdpo import InputError
+
+# name: vocab_size, num_layers, num_heads, width
+_SIZES = {
+    "14m": (50304, 6, 4, 128),
+    "31m": (50304, 6, 8, 256),
+    "70m": (50304, 6, 8, 512),
+    "160m": (50304, 12, 12, 768),
+    "410m": (50304, 24, 16, 1024),
+    "1b": (50304, 16, 8, 2048),
+    "1.4b": (50304, 24, 16, 2048),
+    "2.8b": (50304, 32, 32, 2560),
+    "6.9b": (50432, 32, 32, 4096),
+    "12b": (50688, 36, 40, 5120),
+}
+_DTYPES = ("float32", "bfloat16", "float16")
+_REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+# config.json: our field under its Hugging Face key; the values that this model fixes (an
+# absent key has them); and the keys that change nothing that is computed here.
+_HF_FIELDS = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "width": "hidden_size",
+    "mlp_width": "intermediate_size",
+    "layer_norm_epsilon": "layer_norm_eps",
+    "max_positions": "max_position_embeddings",
+}
+_HF_FIXED = {
+    "model_type": "gpt_neox",
+    "hidden_act": "gelu",
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "rope_scaling": None,
+}
+_HF_ROTARY = {
+    "rotary_pct": ("rotary_pct", "partial_rotary_factor"),
+    "rotary_base": ("rotary_emb_base", "rope_theta"),
+}
+_HF_BOOKKEEPING = frozenset(
+    "architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype use_cache "
+    "transformers_version initializer_range classifier_dropout is_decoder tokenizer_class "
+    "gradient_checkpointing output_attentions output_hidden_states return_dict id2label "
+    "label2id problem_type _name_or_path _attn_implementation_autoset".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PythiaConfig:
+    """The numbers that fix a GPT-NeoX model's computation and how it is carried out.
+
+    `rotary_pct` is the part of each head that is rotated. `max_positions` is the longest
+    sequence that the weights were trained on; the model itself has no limit. Parameters are
+    stored in `param_dtype` and multiplied in `dtype`. `remat` says what the backward pass
+    recomputes in each layer: "none", all but the matrix products ("dots"), or "full".
+    `scan_layers` compiles one layer for all, with parameters stacked on a leading axis.
+
+    >>> PythiaConfig.from_name("pythia-2.8b").head_width
+    80
+    """
+
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    width: int
+    mlp_width: int
+    rotary_pct: float = 0.25
+    rotary_base: float = 10000.0
+    layer_norm_epsilon: float = 1e-5
+    parallel_residual: bool = True
+    max_positions: int = 2048
+    param_dtype: str = "float32"
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_layers: bool = False
+
+    def __post_init__(self):
+        for field in _HF_FIELDS:
+            value = getattr(self, field)
+            if value <= 0:
+                raise InputError(f"{field}={value}: must be positive")
+        if self.width % self.num_heads:
+            raise InputError(
+                f"width={self.width}: must be a multiple of num_heads={self.num_heads}"
+            )
+        if self.rotary_width < 2 or self.rotary_width % 2 or self.rotary_pct > 1:
+            raise InputError(
+                f"rotary_pct={self.rotary_pct}: rotates {self.rotary_width} of "
+                f"{self.head_width} numbers of a head; must be an even part of them"
+            )
+        choices = {"param_dtype": _DTYPES, "dtype": _DTYPES, "remat": ("none", *_REMAT)}
+        for field, known in choices.items():
+            value = getattr(self, field)
+            if value not in known:
+                raise InputError(f"{field}={value!r}: must be one of {', '.join(known)}")
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def rotary_width(self) -> int:
+        return int(self.head_width * self.rotary_pct)
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> "PythiaConfig":
+        """The configuration of a published model, such as "pythia-2.8b".
+
+        The "-deduped" models have the same shape. `overrides` are fields of the class.
+        Raises `InputError` where the name is unknown.
+
+        >>> PythiaConfig.from_name("pythia-1b-deduped", remat="full").num_layers
+        16
+        """
+        size = name.removeprefix("pythia-").removesuffix("-deduped")
+        if not name.startswith("pythia-") or size not in _SIZES:
+            known = ", ".join(f"pythia-{size}" for size in _SIZES)
+            raise InputError(f"{name}: no such model; the known ones are {known}")
+        fields = dict(zip(_HF_FIELDS, (*_SIZES[size], 4 * _SIZES[size][-1]), strict=False))
+        return cls._overridden(fields, overrides)
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], **overrides: Any) -> "PythiaConfig":
+        """The configuration in a Hugging Face `config.json`, read as a dictionary.
+
+        The rotary numbers are taken from `rotary_pct` and `rotary_emb_base` or from
+        `rope_parameters`, and must agree where both stand. `overrides` are fields of the
+        class. Raises one `InputError` that names every key that is missing, unknown, or
+        asks for something that this model does not compute.
+
+        >>> PythiaConfig.from_hf(PythiaConfig.from_name("pythia-70m").to_hf()).width
+        512
+        """
+        rotary, problems = _hf_rotary(hf)
+        problems += [
+            f"{key}={hf[key]!r} is not supported (only {fixed!r})"
+            for key, fixed in _HF_FIXED.items()
+            if hf.get(key, fixed) != fixed
+        ]
+        problems += [f"{key} is missing" for key in _HF_FIELDS.values() if key not in hf]
+        read = {*_HF_FIELDS.values(), *_HF_FIXED, *_HF_BOOKKEEPING}
+        read |= {"use_parallel_residual", "rotary_pct", "rotary_emb_base", "rope_parameters"}
+        problems += [
+            f"{key}={value!r} is unknown and may change what is computed"
+            for key, value in hf.items()
+            if key not in read and value is not None
+        ]
+        if problems:
+            raise InputError(f"config.json: {'; '.join(problems)}")
+        fields = {field: hf[key] for field, key in _HF_FIELDS.items()} | rotary
+        fields["parallel_residual"] = hf.get("use_parallel_residual", True)
+        return cls._overridden(fields, overrides)
+
+    @classmethod
+    def _overridden(cls, fields: dict[str, Any], overrides: dict[str, Any]) -> "PythiaConfig":
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in overrides:
+            if name not in known:
+                raise InputError(f"{name}: no such field; they are {', '.join(known)}")
+        return cls(**fields | overrides)
+
+    def to_hf(self, *, eos_id: int = 0) -> dict[str, Any]:
+        """The `config.json` that makes `transformers` compute the same, as a dictionary.
+
+        Both spellings of the rotary numbers are written, so that versions 4 and 5 read it.
+
+        >>> PythiaConfig.from_name("pythia-70m").to_hf()["architectures"]
+        ['GPTNeoXForCausalLM']
+        """
+        fixed = {key: value for key, value in _HF_FIXED.items() if value is not None}
+        return {
+            "architectures": ["GPTNeoXForCausalLM"],
+            "bos_token_id": eos_id,
+            "eos_token_id": eos_id,
+            "dtype": self.param_dtype,
+            "torch_dtype": self.param_dtype,
+            "use_parallel_residual": self.parallel_residual,
+            "rotary_pct": self.rotary_pct,
+            "rotary_emb_base": self.rotary_base,
+            "rope_parameters": {
+                "rope_type": "default",
+                "partial_rotary_factor": self.rotary_pct,
+                "rope_theta": self.rotary_base,
+            },
+            **{key: getattr(self, field) for field, key in _HF_FIELDS.items()},
+            **fixed,
+        }
+
+
+def _hf_rotary(hf: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """The rotary fields that a `config.json` gives, and what is wrong with them."""
+    rope = dict(hf.get("rope_parameters") or {})
+    fields, problems = {}, []
+    for field, (old, new) in _HF_ROTARY.items():
+        given = {old: hf.get(old), f"rope_parameters.{new}": rope.pop(new, None)}
+        given = {key: float(value) for key, value in given.items() if value is not None}
+        if len(set(given.values())) == 1:
+            fields[field] = next(iter(given.values()))
+        elif given:
+            disagreeing = " and ".join(f"{key}={value}" for key, value in given.items())
+            problems.append(f"{disagreeing} disagree")
+        else:
+            problems.append(f"{old} is missing")
+    for key, value in rope.items():
+        if (key, value) != ("rope_type", "default"):
+            problems.append(f"rope_parameters.{key}={value!r} is not supported")
+    return fields, problems
+
+
+class _Layer(nn.Module):
+    """One layer; the second output is `nn.scan`'s and empty."""
+
+    config: PythiaConfig
+
+    def setup(self):
+        c = self.config
+        fan_in = nn.initializers.normal(math.sqrt(2 / (5 * c.width)))
+        to_residual = nn.initializers.normal(2 / (c.num_layers * math.sqrt(c.width)))
+
+        def linear(features, axis=-1, kernel_init=fan_in):
+            types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
+            return nn.DenseGeneral(features, axis, kernel_init=kernel_init, **types)
+
+        self.attention_norm = _layer_norm(c)
+        self.qkv = linear((c.num_heads, 3, c.head_width))
+        self.out = linear(c.width, (-2, -1), to_residual)
+        self.mlp_norm = _layer_norm(c)
+        self.up = linear(c.mlp_width)
+        self.down = linear(c.width, kernel_init=to_residual)
+
+    def __call__(self, x, mask, cos, sin):
+        attended = x + self.attention(self.attention_norm(x), mask, cos, sin)
+        mlp_input = x if self.config.parallel_residual else attended
+        x = attended + self.mlp(self.mlp_norm(mlp_input))
+        return _constrain(x, P(("data", "fsdp"))), None
+
+    def attention(self, x, mask, cos, sin):
+        q, k, v = jnp.moveaxis(self.qkv(x), -2, 0)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.out(jax.nn.dot_product_attention(q, k, v, mask=mask))
+
+    def mlp(self, x):
+        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+
+class Pythia(nn.Module):
+    """GPT-NeoX: token ids [B, T] -> hidden states [B, T, D] after the final layer norm.
+
+    The parameters, in `config.param_dtype`:
+
+        embedding                      [V, D]
+        layers_0 ... layers_{L-1}      or, with `scan_layers`, one `layers` with L in front
+            attention_norm, mlp_norm   scale [D], bias [D]
+            qkv                        kernel [D, N, 3, H], bias [N, 3, H]
+            out                        kernel [N, H, D], bias [D]
+            up, down                   kernel [D, F], bias [F]; kernel [F, D], bias [D]
+        final_norm                     scale [D], bias [D]
+        unembedding                    [V, D]
+
+    A token attends to itself and to earlier tokens of its row that are of its own segment
+    and are either prompt (branch 0) or of its own branch. Segment 0 is padding. A token id
+    outside the vocabulary gives NaN. Traced under `jax.set_mesh`, activations stay split by
+    rows as `sharding` splits batches.
+    """
+
+    config: PythiaConfig
+
+    def setup(self):
+        c = self.config
+        init = nn.initializers.normal(math.sqrt(2 / (5 * c.width)))
+        shape = (c.vocab_size, c.width)
+        self.embedding = self.param("embedding", init, shape, c.param_dtype)
+        self.layers = _layers(c)
+        self.final_norm = _layer_norm(c)
+        self.unembedding = self.param("unembedding", init, shape, c.param_dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        branch_ids: Int[Array, "B T"],
+    ) -> Float[Array, "B T D"]:
+        c = self.config
+        mask = attention_mask(segment_ids, branch_ids)[:, None]
+        cos, sin = rotary_angles(positions, c.rotary_width, c.rotary_base)
+        # The looked-up rows are cast, not the table, whose gradient sums over tokens.
+        table = _constrain(self.embedding, P("tensor"))
+        x = jnp.take(table, tokens, axis=0, mode="fill").astype(c.dtype)
+        x = _constrain(x, P(("data", "fsdp")))
+        for layer in [self.layers] if c.scan_layers else self.layers:
+            x, _ = layer(x, mask, cos, sin)
+        return self.final_norm(x)
+
+
+def attention_mask(
+    segment_ids: Int[Array, "B T"], branch_ids: Int[Array, "B T"]
+) -> Bool[Array, "B T T"]:
+    """Whether query q (second axis) may attend to key k (last axis).
+
+    True where k <= q, both are of one segment, and k is prompt or of q's branch. A token
+    always sees itself, so no row of the softmax is empty, padding included.
+
+    >>> branches = jnp.array([[0, 1, 2]])  # prompt, chosen, rejected
+    >>> attention_mask(jnp.ones((1, 3), int), branches)[0].astype(int).tolist()
+    [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    """
+    same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
+    same_branch = branch_ids[:, :, None] == branch_ids[:, None, :]
+    visible = same_segment & (same_branch | (branch_ids == 0)[:, None, :])
+    return visible & np.tri(segment_ids.shape[1], dtype=bool)[None]
+
+
+def rotary_angles(
+    positions: Int[Array, "B T"], rotary_width: int, base: float
+) -> tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]:
+    """Cosine and sine of positions x base^(-2i / rotary_width), i < R = rotary_width / 2."""
+    frequencies = 1.0 / base ** (np.arange(0, rotary_width, 2) / rotary_width)
+    frequencies = jnp.asarray(frequencies, "float32")[None, None, None]
+    angles = positions[:, :, None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 R"], sin: Float[Array, "B T 1 R"]
+) -> Float[Array, "B T N H"]:
+    """Rotate the pairs (i, R + i), i < R, of each head by their angles, in float32."""
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype("float32"), (half, 2 * half), axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin, rest)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def _constrain(x: Float[Array, "..."], spec: P) -> Float[Array, "..."]:
+    # Left alone, XLA splits the residual stream by width, as the matrices are split, and
+    # sums over `fsdp` at every product. Without a mesh in context there is none to obey.
+    if {"data", "fsdp", "tensor"} <= set(jax.sharding.get_abstract_mesh().axis_names):
+        return jax.lax.with_sharding_constraint(x, spec)
+    return x
+
+
+def _layer_norm(config: PythiaConfig) -> nn.LayerNorm:
+    # The fast variance, E[x^2] - E[x]^2, cancels where a channel's mean is large.
+    epsilon, types = config.layer_norm_epsilon, (config.dtype, config.param_dtype)
+    return nn.LayerNorm(epsilon, *types, use_fast_variance=False)
+
+
+def _layers(config: PythiaConfig) -> list[nn.Module] | nn.Module:
+    layer = _Layer
+    if config.remat != "none":
+        # Within a scan the barriers against common-subexpression elimination only cost.
+        layer = nn.remat(layer, policy=_REMAT[config.remat], prevent_cse=not config.scan_layers)
+    if not config.scan_layers:
+        return [layer(config) for _ in range(config.num_layers)]
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=config.num_layers,
+    )(config)
+
+
+def init_params(config: PythiaConfig, key: Key[Array, ""]) -> dict[str, Any]:
+    """Parameters as GPT-NeoX starts them; the tree is described at `Pythia`.
+
+    Normal with standard deviation sqrt(2 / (5 D)), for the two projections into the
+    residual stream 2 / (L sqrt(D)); biases zero.
+    """
+    row = jnp.zeros((1, 1), jnp.int32)
+    return Pythia(config).init(key, row, row, row, row)["params"]
+
+
+def hidden_states(
+    config: PythiaConfig,
+    params: dict[str, Any],
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    branch_ids: Int[Array, "B T"],
+) -> Float[Array, "B T D"]:
+    """What `Pythia` computes, as a function of its parameters; in `config.dtype`.
+
+    >>> config = PythiaConfig(vocab_size=7, num_layers=1, num_heads=1, width=8, mlp_width=8)
+    >>> params, row = init_params(config, jax.random.key(0)), jnp.ones((2, 3), int)
+    >>> hidden_states(config, params, row, row, row, row).shape
+    (2, 3, 8)
+    """
+    model = Pythia(config)
+    return model.apply({"params": params}, tokens, positions, segment_ids, branch_ids)
+
+
+def unembed(
+    hidden: Float[Array, "*rest D"], unembedding: Float[Array, "V D"]
+) -> Float[Array, "*rest V"]:
+    """Logits, multiplied in the dtype of `hidden`, summed and returned in float32."""
+    unembedding = unembedding.astype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, unembedding, preferred_element_type="float32")
+
+
+def num_params(config: PythiaConfig) -> int:
+    """The number of parameters, with both embeddings.
+
+    >>> num_params(PythiaConfig.from_name("pythia-70m"))
+    70426624
+    """
+    # One layer is traced instead of all of them.
+    config = dataclasses.replace(config, scan_layers=True)
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """The tree of `scan_layers=True` with the parameters of a tree of separate layers."""
+    names = [f"layers_{i}" for i in range(len(params)) if f"layers_{i}" in params]
+    rest = {name: leaf for name, leaf in params.items() if name not in names}
+    layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[n] for n in names))
+    return rest | {"layers": layers}
+
+
+def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """The tree of separate layers with the parameters of a `scan_layers=True` tree."""
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    (num_layers,) = {leaf.shape[0] for leaf in jax.tree.leaves(params["layers"])}
+    for i in range(num_layers):
+        rest[f"layers_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+    return rest

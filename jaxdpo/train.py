@@ -1,0 +1,132 @@
+"""The loop: batches in order, one update each, evaluation, checkpoints, a line a step.
+
+Left out: what an update does (`step`), and where the pieces come from (`stages`).
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from jaxdpo import InputError, sharding
+from jaxdpo.batching import Batch, Batches, prefetch
+from jaxdpo.checkpoint import Checkpoints
+from jaxdpo.metrics import MetricsWriter, ProgressLine
+from jaxdpo.step import Metrics, TrainState, means
+
+console = Console(stderr=True)
+
+
+class Loop(NamedTuple):
+    """What the loop calls and obeys; everything in it is fixed over the stage."""
+
+    name: str
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    eval_step: Callable[[Any, Batch], Metrics]
+    schedule: Callable[[int], Any]
+    put: Callable[[Batch], Batch]
+    settings: ConfigDict
+    expected_first_loss: float | None  # a preference loss where policy is reference
+    noise_floor: float  # how far rounding alone can move it
+
+
+def put_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """This process's rows as one global batch, split over the mesh's `data` and `fsdp` axes."""
+    place = NamedSharding(mesh, sharding.batch_spec)
+    put = functools.partial(jax.make_array_from_process_local_data, place)
+    return jax.tree.map(put, batch)
+
+
+def evaluate(loop: Loop, params: Any, batches: Batches) -> dict[str, float]:
+    """The objective's metrics over the whole data set, every example once."""
+    totals: dict[str, list] = {}
+    for batch in prefetch(batches, 0, len(batches)):
+        for name, pair in jax.device_get(loop.eval_step(params, loop.put(batch))).items():
+            totals[name] = [a + float(b) for a, b in zip(totals.get(name, (0, 0)), pair, strict=True)]
+    return {f"eval/{name}": value for name, value in means(totals).items()}
+
+
+def train_loop(
+    loop: Loop,
+    state: TrainState,
+    start: int,
+    batches: dict[str, Batches],
+    checkpoints: Checkpoints,
+    folder: Path,
+) -> dict[str, Any]:
+    """Train from step `start` to the last batch; returns the last record.
+
+    A step's metrics are fetched while the next one runs. Before a checkpoint they are
+    written to disk, so that a resumed run finds the lines of all steps before it.
+    """
+    settings, total = loop.settings, len(batches["train"])
+    writer = MetricsWriter(folder, after=start if start else None)
+    block = jax.default_backend() == "cpu" and jax.device_count() > 1
+    record: dict[str, Any] = {}
+    if start == 0:
+        record = {"step": 0} | evaluate(loop, state.params, batches["eval"])
+        _check_first_loss(loop, record["eval/loss"], "evaluation")
+        writer.write(record)
+    with ProgressLine(loop.name, total, start=start, console=console) as line:
+        pending: tuple[int, Metrics, dict] | None = None
+
+        def finish() -> dict[str, Any]:
+            record = _record(loop, *pending, batches["train"])
+            writer.write(record)
+            pairs_done = (record["step"] - start) * settings.batch_size
+            line.update(record["step"], pairs=pairs_done, loss=record["train/loss"])
+            return record
+
+        for step, batch in enumerate(prefetch(batches["train"], start, total), start + 1):
+            state, metrics = loop.train_step(state, loop.put(batch))
+            if block:  # steps in flight on fake devices can starve each other
+                jax.block_until_ready(state)
+            if pending:
+                finish()
+            last = step == total
+            due = last or (settings.eval_every and step % settings.eval_every == 0)
+            evaluated = evaluate(loop, state.params, batches["eval"]) if due else {}
+            pending = (step, metrics, evaluated)
+            if last or step % settings.checkpoint_every == 0:
+                record, pending = finish(), None
+                writer.flush()
+                checkpoints.save(step, state, loss=evaluated.get("eval/loss"))
+    writer.close()
+    return record
+
+
+def _record(loop: Loop, step: int, metrics: Metrics, evaluated: dict, batches: Batches) -> dict:
+    """A step's line for `metrics.jsonl`; stops the run if too many in a row were skipped."""
+    values = means(jax.device_get(metrics))
+    in_a_row, skipped = int(values.pop("skipped_in_a_row")), int(values["skipped"])
+    if in_a_row >= loop.settings.max_skipped_in_a_row:
+        lines = [
+            str(int(line))
+            for at in range(step - in_a_row, step)
+            for line in batches.store.lines[[i for i in batches.indices(at) if i >= 0]]
+        ]
+        raise InputError(
+            f"{loop.name}: the loss or gradient was not finite at {in_a_row} steps in a row, up "
+            f"to step {step}; lower the learning rate, or look at lines {', '.join(lines)} of "
+            f"{loop.settings.data.train}"
+        )
+    if step == 1 and not in_a_row:
+        _check_first_loss(loop, values["loss"], "training")
+    values["learning_rate"] = float(loop.schedule(step - 1 - skipped))
+    return {"step": step} | {f"train/{name}": v for name, v in values.items()} | evaluated
+
+
+def _check_first_loss(loop: Loop, loss: float, where: str) -> None:
+    """Policy and reference are the same model at step 0: anything but log 2 is a fault."""
+    expected = loop.expected_first_loss
+    if expected is not None and not abs(loss - expected) <= loop.noise_floor * max(1.0, expected):
+        raise InputError(
+            f"{loop.name}: the {where} loss is {loss:.6f} before the first update, not "
+            f"{expected:.6f}: the reference's log-probabilities are not this policy's; delete "
+            f"{loop.name}/reference in the work directory"
+        )

@@ -1,0 +1,37 @@
+"""What every launcher does around its one call: the environment, the flags, the exit status.
+
+Exit status: 0 done, 2 a mistake in what the user gave (one line, never a traceback), 1 a bug.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+# Read by XLA when the backend starts: fake CPU devices starve each other in a thread pool
+# that is no larger than the machine's cores.
+os.environ.setdefault("NPROC", str(max(32, os.cpu_count() or 1)))
+
+from absl import flags
+from rich.console import Console
+
+from jaxdpo import InputError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parse the command line, call `main`, and end the process with the right status."""
+    console = Console(stderr=True)
+    try:
+        try:
+            arguments = flags.FLAGS(sys.argv)
+        # An unknown key of a locked configuration raises KeyError or AttributeError.
+        except (flags.Error, KeyError, AttributeError, OSError, ValueError, TypeError) as error:
+            raise InputError(f"command line: {str(error).strip(chr(34))}") from error
+        if len(arguments) > 1:
+            raise InputError(f"command line: {arguments[1]!r} belongs to no flag")
+        main()
+    except InputError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from the latest checkpoint")
+        sys.exit(130)

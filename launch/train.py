@@ -1,0 +1,24 @@
+"""Train: `python launch/train.py --config configs/quickstart.py --workdir runs/quickstart`.
+
+A recipe's keys are set on the command line, as in `--config.dpo.beta=0.05`; an unknown key
+is an error. The same command goes on after a kill, and does nothing once all is done.
+"""
+
+import door
+from absl import flags
+from ml_collections import config_flags
+
+from jaxdpo import InputError, stages
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives.")
+
+
+def main() -> None:
+    if CONFIG.value is None or WORKDIR.value is None:
+        raise InputError("usage: python launch/train.py --config configs/NAME.py --workdir FOLDER")
+    stages.run(CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    door.run(main)
