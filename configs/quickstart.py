@@ -20,14 +20,14 @@ def get_config() -> ConfigDict:
     config.eos_token = "<|endoftext|>"
     # Written to {workdir}/data before the first stage; the knobs are synthetic.Task's.
     config.synthetic = ConfigDict(
-        dict(seed=0, sft_train=24_000, sft_test=500, pairs_train=8_000, pairs_test=500)
+        dict(seed=0, sft_train=16_000, sft_test=500, pairs_train=8_000, pairs_test=500)
     )
 
     config.model = ConfigDict()
     config.model.weights = ""  # a Hugging Face folder or hub name, instead of a name
     config.model.name = "pythia-14m"
     config.model.overrides = ConfigDict(
-        dict(vocab_size=512, num_layers=4, num_heads=4, width=128, mlp_width=512)
+        dict(vocab_size=512, num_layers=3, num_heads=4, width=128, mlp_width=512)
     )
     config.model.dtype = "float32"
     config.model.param_dtype = "float32"
@@ -54,6 +54,8 @@ def stage(train: str, evaluation: str, format: str) -> ConfigDict:
     """What the two stages have in common."""
     stage = ConfigDict()
     stage.data = ConfigDict(dict(train=train, eval=evaluation, format=format))
+    stage.data.split = "train"  # of a hub data set; a file has no splits
+    stage.data.eval_split = "train"
     stage.data.test_fraction = 0.0  # without an eval file: this share of the prompts
     stage.data.limit = config_dict.placeholder(int)  # read only the first rows
     stage.data.eval_limit = config_dict.placeholder(int)
@@ -64,7 +66,7 @@ def stage(train: str, evaluation: str, format: str) -> ConfigDict:
     stage.layout = "shared"
     stage.pairs_per_row = 1
     stage.num_buckets = 1
-    stage.batch_size = 32  # pairs, over all devices
+    stage.batch_size = 16  # pairs, over all devices
     stage.eval_batch_size = 50
     stage.micro_batches = 1
     stage.epochs = 1
@@ -72,7 +74,7 @@ def stage(train: str, evaluation: str, format: str) -> ConfigDict:
     stage.weight_decay = 0.0
     stage.max_grad_norm = 10.0
     stage.max_skipped_in_a_row = 5
-    stage.eval_every = 100
+    stage.eval_every = 200
     stage.checkpoint_every = 200
     stage.keep_checkpoints = 2
     return stage

@@ -14,8 +14,12 @@ Data flows through the modules in this order:
     qfunction    hidden states -> log-probabilities of the scored tokens
     losses       the objectives: one number per pair
     reference    the reference's token log-probabilities, computed once
-    train        state, objectives, the jitted step, the loop, the stages
+    step         state, objectives, optimizer, the jitted update
+    train        the loop: updates, evaluation, checkpoints, a line a step
+    recipe       what a configuration asks for, checked
+    stages       a run: its stages in order, their data, where each one starts
     checkpoint   Orbax: save, resume, load parameters
+    metrics      metrics.jsonl, TensorBoard, progress
     analysis     figures and tables
 
 Axes in shapes: B rows, T positions, S scored positions, G groups of rows, P pairs to a

@@ -19,7 +19,10 @@ from jaxdpo.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoints in `folder`: the latest `keep` and the one with the lowest `loss`."""
+    """The checkpoints in `folder`: the latest `keep` and the one with the lowest `loss`.
+
+    Used as a context manager, which waits for saves under way.
+    """
 
     def __init__(self, folder: str | Path, *, keep: int = 2):
         policies = ocp.training.preservation_policies
@@ -76,9 +79,11 @@ class Checkpoints:
         """Block until every save is on disk; errors of earlier saves surface here."""
         self._checkpointer.wait()
 
-    def close(self) -> None:
-        """Wait and release the checkpointer's threads."""
-        self._checkpointer.close()
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._checkpointer.close()  # waits for a save under way
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -95,7 +95,6 @@ def ipo_loss(
 
     >>> import jax.numpy as jnp
     >>> zero = jnp.zeros(1)
-    >>> import jax.numpy as jnp
     >>> ipo_loss(zero, zero, zero, zero, beta=0.1).tolist()
     [25.0]
     """

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 LINE_EVERY_SECONDS = 10.0  # where the output is no terminal
-Record = dict[str, float]
+Record = dict[str, int | float | None]
 
 
 def read_metrics(folder: str | Path) -> list[Record]:
@@ -31,7 +31,10 @@ def read_metrics(folder: str | Path) -> list[Record]:
 
 
 class MetricsWriter:
-    """Appends records {"step": s, name: value}; keeps those up to `after` (None: none)."""
+    """Appends records {"step": s, name: value}; keeps those up to `after` (None: none).
+
+    Used as a context manager.
+    """
 
     def __init__(self, folder: str | Path, *, after: int | None):
         folder = Path(folder)
@@ -59,8 +62,10 @@ class MetricsWriter:
         os.fsync(self._file.fileno())
         self._board.flush()
 
-    def close(self) -> None:
-        self.flush()
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
         self._file.close()
         self._board.close()
 

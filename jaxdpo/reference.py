@@ -17,23 +17,28 @@ import numpy as np
 
 from jaxdpo import InputError
 from jaxdpo.batching import Batch, Batches, prefetch
+from jaxdpo.tokens import TokenStore
 
 
 def reference_token_logps(
     token_logps: Callable[[Batch], jax.Array],
-    batches: Batches,
+    store: TokenStore,
     *,
+    batch_size: int,
+    num_buckets: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
     """The log-probability of every scored token of a data set, flat, float32.
 
-    `token_logps` maps a batch to [B, S]; `batches` must keep the order of its store. The
-    result is in the order of `store.scored_offsets`.
+    `token_logps` maps a batch to [B, S]. The result is in the order of
+    `store.scored_offsets`, whatever the layout and packing of the batches it will go into.
     """
+    # One pair to a shared row: read row by row, the scored tokens are in the store's order.
+    batches = Batches(store, batch_size=batch_size, num_buckets=num_buckets)
     parts = []
     for done, batch in enumerate(prefetch(batches, 0, len(batches)), 1):
         parts.append(jax.device_get(token_logps(batch))[batch.slots >= 0])
-        progress(done)
+        progress(min(done * batch_size, len(store)))
     return np.concatenate(parts)
 
 

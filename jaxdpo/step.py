@@ -21,7 +21,7 @@ from jaxdpo import losses, pythia, qfunction, sharding
 from jaxdpo.batching import Batch
 from jaxdpo.pythia import PythiaConfig
 
-Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
+Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, count), scalars
 Objective = Callable[[Any, Batch], tuple[jax.Array, jax.Array, Metrics]]
 
 

@@ -130,9 +130,9 @@ class Task:
     fillers: int = 1  # sentences in a post that tell nothing
     values: int = 12  # possible values of a kind
     errors: tuple[int, int] = (1, 2)  # fewest and most wrong values in a wrong summary
-    from_post: float = 0.5  # probability that a wrong value is the post's distractor
+    from_post: float = 0.2  # probability that a wrong value is the post's distractor
     rephrase: float = 0.0  # probability that the rejected is worded independently
-    sft_error_rate: float = 0.3  # share of the SFT completions that are wrong
+    sft_error_rate: float = 0.2  # share of the SFT completions that are wrong
 
     def __post_init__(self):
         _check_count("facts", self.facts, 1, len(_KINDS))

@@ -53,7 +53,7 @@ class Limits(NamedTuple):
         """Raise `InputError` for a limit that cannot hold or has no effect."""
         if self.truncation not in TRUNCATIONS:
             raise InputError(
-                f"truncation: {self.truncation!r} is unknown; choose one of {', '.join(TRUNCATIONS)}"
+                f"truncation: {self.truncation!r} is unknown; choose from {', '.join(TRUNCATIONS)}"
             )
         if self.truncation == "drop":
             if self.max_prompt_length is not None:
@@ -88,7 +88,7 @@ class TokenReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.examples} examples, {self.tokens} tokens; truncated: {self.prompts_cut} prompts, "
+            f"{self.examples} examples, {self.tokens} tokens; cut: {self.prompts_cut} prompts, "
             f"{self.responses_cut} with a cut response, {self.eos_lost} lost an EOS; "
             f"dropped: {len(self.dropped)} too long, {len(self.empty)} empty; "
             f"{self.identical} with chosen equal to rejected"

@@ -19,7 +19,7 @@ from jaxdpo.checkpoint import Checkpoints
 from jaxdpo.metrics import MetricsWriter, ProgressLine
 from jaxdpo.step import Metrics, TrainState, means
 
-console = Console(stderr=True)
+console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 class Loop(NamedTuple):
@@ -44,10 +44,11 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 def evaluate(loop: Loop, params: Any, batches: Batches) -> dict[str, float]:
     """The objective's metrics over the whole data set, every example once."""
-    totals: dict[str, list] = {}
+    totals: dict[str, tuple[float, float]] = {}
     for batch in prefetch(batches, 0, len(batches)):
         for name, pair in jax.device_get(loop.eval_step(params, loop.put(batch))).items():
-            totals[name] = [a + float(b) for a, b in zip(totals.get(name, (0, 0)), pair, strict=True)]
+            total, count = totals.get(name, (0.0, 0.0))
+            totals[name] = (total + float(pair[0]), count + float(pair[1]))
     return {f"eval/{name}": value for name, value in means(totals).items()}
 
 
@@ -65,38 +66,40 @@ def train_loop(
     written to disk, so that a resumed run finds the lines of all steps before it.
     """
     settings, total = loop.settings, len(batches["train"])
-    writer = MetricsWriter(folder, after=start if start else None)
+    # Steps in flight on fake devices can starve each other.
     block = jax.default_backend() == "cpu" and jax.device_count() > 1
-    record: dict[str, Any] = {}
-    if start == 0:
-        record = {"step": 0} | evaluate(loop, state.params, batches["eval"])
-        _check_first_loss(loop, record["eval/loss"], "evaluation")
-        writer.write(record)
-    with ProgressLine(loop.name, total, start=start, console=console) as line:
-        pending: tuple[int, Metrics, dict] | None = None
-
-        def finish() -> dict[str, Any]:
-            record = _record(loop, *pending, batches["train"])
+    with (
+        MetricsWriter(folder, after=start if start else None) as writer,
+        ProgressLine(loop.name, total, start=start, console=console) as line,
+    ):
+        record: dict[str, Any] = {"step": start}
+        if start == 0:
+            record |= evaluate(loop, state.params, batches["eval"])
+            _check_first_loss(loop, record["eval/loss"], "evaluation")
             writer.write(record)
-            pairs_done = (record["step"] - start) * settings.batch_size
-            line.update(record["step"], pairs=pairs_done, loss=record["train/loss"])
+
+        def finish(step: int, metrics: Metrics, evaluated: dict) -> dict[str, Any]:
+            record = _record(loop, step, metrics, evaluated, batches["train"])
+            writer.write(record)
+            done = (step - start) * settings.batch_size
+            line.update(step, pairs=done, loss=record["train/loss"])
             return record
 
+        pending = None
         for step, batch in enumerate(prefetch(batches["train"], start, total), start + 1):
             state, metrics = loop.train_step(state, loop.put(batch))
-            if block:  # steps in flight on fake devices can starve each other
+            if block:
                 jax.block_until_ready(state)
             if pending:
-                finish()
+                finish(*pending)
             last = step == total
             due = last or (settings.eval_every and step % settings.eval_every == 0)
             evaluated = evaluate(loop, state.params, batches["eval"]) if due else {}
             pending = (step, metrics, evaluated)
             if last or step % settings.checkpoint_every == 0:
-                record, pending = finish(), None
+                record, pending = finish(*pending), None
                 writer.flush()
                 checkpoints.save(step, state, loss=evaluated.get("eval/loss"))
-    writer.close()
     return record
 
 

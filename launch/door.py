@@ -19,7 +19,7 @@ from jaxdpo import InputError
 
 def run(main: Callable[[], None]) -> None:
     """Parse the command line, call `main`, and end the process with the right status."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     try:
         try:
             arguments = flags.FLAGS(sys.argv)

@@ -11,7 +11,7 @@ import pytest
 from examples import TINY, ragged_lengths, token_store
 
 from jaxdpo import losses, pythia, sharding
-from jaxdpo.batching import Batches, RowShape, row_shapes, rows
+from jaxdpo.batching import RowShape, row_shapes, rows
 from jaxdpo.reference import reference_token_logps
 from jaxdpo.step import (
     clipped,
@@ -49,7 +49,7 @@ def params():
 def reference():
     """Another model's log-probabilities, so that no reward is zero."""
     other = make_params(1)
-    return reference_token_logps(partial(logps_of, other), Batches(STORE, batch_size=8))
+    return reference_token_logps(partial(logps_of, other), STORE, batch_size=8)
 
 
 def batch_of(groups, *, layout="shared", reference=None, store=STORE, slack=0):
@@ -119,8 +119,7 @@ def test_sft_is_the_mean_of_summed_log_probabilities(params):
 
 
 def test_policy_equal_to_reference_is_log_2_with_no_accuracy(params):
-    batches = Batches(STORE, batch_size=8)
-    own = reference_token_logps(partial(logps_of, params), batches)
+    own = reference_token_logps(partial(logps_of, params), STORE, batch_size=8)
     metrics = means(jax.jit(DPO)(params, batch_of(ALONE, reference=own))[2])
     assert metrics["loss"] == pytest.approx(np.log(2), abs=1e-6)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):

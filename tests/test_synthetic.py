@@ -115,8 +115,8 @@ def test_wrong_values_come_from_the_post_as_often_as_asked(share):
 
 
 def test_errors_and_erroneous_completions_come_as_often_as_asked():
-    sample = drawn(Task(sft_error_rate=0.2, errors=(1, 2)), 2000)
-    assert within_four_sigmas(sum(bool(one.completion_errors) for one in sample), 2000, 0.2)
+    sample = drawn(Task(sft_error_rate=0.3), 2000)
+    assert within_four_sigmas(sum(bool(one.completion_errors) for one in sample), 2000, 0.3)
     assert within_four_sigmas(sum(len(one.errors) == 2 for one in sample), 2000, 0.5)
 
 
@@ -143,7 +143,7 @@ def test_a_rephrased_rejected_differs_in_length_but_not_in_facts():
         {"fillers": 2},
         {"values": 5},
         {"errors": (3, 3)},
-        {"from_post": 0.0},
+        {"from_post": 1.0},
         {"rephrase": 1.0},
         {"sft_error_rate": 1.0},
     ],

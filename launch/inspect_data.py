@@ -1,0 +1,51 @@
+"""Look at a row as the model will see it: ids, pieces, and which token predicts what.
+
+python launch/inspect_data.py --data pairs.jsonl --format pairs --tokenizer tokenizer.json
+"""
+
+import tempfile
+
+import door
+from absl import flags
+from rich.console import Console
+
+from jaxdpo import InputError, pairs, tokens
+from jaxdpo.analysis.row_table import row_table
+from jaxdpo.batching import LAYOUTS, row_shapes, rows
+
+DATA = flags.DEFINE_string("data", None, "A file of examples, or a hub name.", required=True)
+TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "A tokenizer.json, or its folder.", required=True
+)
+FORMAT = flags.DEFINE_enum("format", "pairs", list(pairs.FORMATS), "What the rows look like.")
+SPLIT = flags.DEFINE_string("split", "train", "Of a hub data set.")
+ROW = flags.DEFINE_integer("row", 0, "Which of the kept examples to show, from 0.", lower_bound=0)
+EOS = flags.DEFINE_string("eos_token", "<|endoftext|>", "The token that ends a response.")
+MAX_LENGTH = flags.DEFINE_integer("max_length", 512, "Tokens of prompt and response.")
+MAX_PROMPT = flags.DEFINE_integer("max_prompt_length", 256, "See truncation.")
+TRUNCATION = flags.DEFINE_enum("truncation", "official", tokens.TRUNCATIONS, "What gives.")
+LAYOUT = flags.DEFINE_enum("layout", "shared", LAYOUTS, "One row a pair, or two.")
+
+
+def main() -> None:
+    examples, report = pairs.read_pairs(DATA.value, format=FORMAT.value, split=SPLIT.value)
+    if ROW.value >= len(examples):
+        raise InputError(f"--row {ROW.value}: {DATA.value} has {len(examples)} good rows")
+    tokenizer = tokens.load_tokenizer(TOKENIZER.value)
+    prompt = None if TRUNCATION.value == "drop" else MAX_PROMPT.value
+    limits = tokens.Limits(MAX_LENGTH.value, prompt, TRUNCATION.value)
+    eos = tokens.eos_id(tokenizer, EOS.value)
+    with tempfile.TemporaryDirectory() as folder:
+        one = [examples[ROW.value]]
+        store = tokens.tokenize(one, tokenizer, eos=eos, limits=limits, folder=folder)
+        shape = row_shapes(store, 1, 1, LAYOUT.value)[-1]
+        batch = rows(store, [[0]], shape, layout=LAYOUT.value)
+    console = Console()
+    console.print(report, highlight=False)
+    console.print(f"line {one[0].line}: {store.report}", highlight=False)
+    for row in range(len(batch.tokens)):
+        console.print(row_table(batch, row, tokenizer))
+
+
+if __name__ == "__main__":
+    door.run(main)

@@ -1,0 +1,268 @@
+"""The whole path in small: two stages, resume, hand-over, and every mistake a user can make."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdpo import InputError, stages
+from jaxdpo.checkpoint import Checkpoints, abstract
+from jaxdpo.metrics import read_metrics
+from jaxdpo.pythia import PythiaConfig, init_params
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "synthetic.sft_train": 48,
+    "synthetic.sft_test": 12,
+    "synthetic.pairs_train": 48,
+    "synthetic.pairs_test": 12,
+    "model.overrides.num_layers": 1,
+    "model.overrides.num_heads": 2,
+    "model.overrides.width": 16,
+    "model.overrides.mlp_width": 32,
+    **{f"{stage}.batch_size": 8 for stage in ("sft", "dpo")},
+    **{f"{stage}.eval_batch_size": 8 for stage in ("sft", "dpo")},
+    **{f"{stage}.eval_every": 4 for stage in ("sft", "dpo")},
+    **{f"{stage}.checkpoint_every": 2 for stage in ("sft", "dpo")},
+    **{f"{stage}.epochs": 2 for stage in ("sft", "dpo")},
+}
+TOTAL = 12  # 48 examples, 8 to a batch, two epochs
+
+
+def recipe(name="quickstart", **changes):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"configs/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.update_from_flattened_dict(TINY | {k.replace("__", "."): v for k, v in changes.items()})
+    return config.lock()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    stages.run(recipe(), workdir)
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_run_leaves_all_that_it_should(finished):
+    for name in ("config.json", "versions.json", "rewards.png", "sft_loss.png", "summary.md"):
+        assert (finished / name).stat().st_size > 0, name
+    for stage in ("sft", "dpo"):
+        records = read_metrics(finished / stage)
+        assert [r["step"] for r in records] == list(range(TOTAL + 1))  # each step once
+        evaluated = [r["step"] for r in records if "eval/loss" in r]
+        assert evaluated == [0, 4, 8, 12]  # at the start, every four, at the end
+        assert stage == "dpo" or records[-1]["eval/loss"] < records[0]["eval/loss"]
+        assert list((finished / stage / "tensorboard").iterdir())
+        report = json.loads((finished / stage / "data_report.json").read_text())
+        assert report["rows"]["train"]["kept"] == 48
+        assert report["truncation"]["train"]["examples"] == 48
+
+
+@pytest.mark.slow
+def test_dpo_begins_at_log_2_and_the_reference_is_data(finished):
+    first = read_metrics(finished / "dpo")[:2]
+    assert first[0]["eval/loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert first[1]["train/loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert first[0]["eval/rewards/margins"] == pytest.approx(0, abs=1e-5)
+    for split in ("train", "eval"):
+        values = np.load(finished / f"dpo/reference/{split}.npy")
+        assert values.dtype == np.float32 and (values < 0).all()
+
+
+@pytest.mark.slow
+def test_dpo_starts_from_the_last_checkpoint_of_sft(finished):
+    manifest = json.loads((finished / "dpo/reference/train.json").read_text())
+    assert manifest["weights"] == f"sft step {TOTAL}"
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_run_again(finished, capfd):
+    before = {p: p.stat().st_mtime_ns for p in finished.glob("*/metrics.jsonl")}
+    stages.run(recipe(), finished)
+    assert {p: p.stat().st_mtime_ns for p in finished.glob("*/metrics.jsonl")} == before
+    assert "finished at step 12" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_checkpoints_keep_the_latest_and_the_best(finished):
+    with Checkpoints(finished / "dpo/checkpoints", keep=2) as checkpoints:
+        latest, best = checkpoints.latest_step, checkpoints.best_step
+    steps = sorted(int(p.name) for p in (finished / "dpo/checkpoints").iterdir())
+    losses = {r["step"]: r["eval/loss"] for r in read_metrics(finished / "dpo") if "eval/loss" in r}
+    del losses[0]  # before the first update there is no checkpoint
+    assert steps[-2:] == [10, 12] and latest == 12
+    assert best == min(losses, key=losses.get)
+    assert len(steps) <= 3
+
+
+@pytest.mark.slow
+def test_another_configuration_or_other_data_is_refused(finished):
+    with pytest.raises(InputError, match="another configuration.*dpo.beta"):
+        stages.run(recipe(dpo__beta=0.2), finished)
+    stages.run(recipe(mesh__fsdp=2), finished)  # the mesh may change
+    stages.run(recipe(), finished)
+
+
+def command(workdir, *more):
+    flags = [f"--config.{key}={value}" for key, value in TINY.items()]
+    return [
+        sys.executable, "launch/train.py", "--config", "configs/quickstart.py",
+        "--workdir", str(workdir), *flags, *more,
+    ]  # fmt: skip
+
+
+def launch(workdir, *more, **options):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        command(workdir, *more), cwd=ROOT, env=environment, stderr=subprocess.PIPE, **options
+    )
+
+
+def killed_at(workdir, stage, step):
+    """Start the run, and kill -9 it once `stage` has logged `step`."""
+    run = launch(workdir)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and run.poll() is None:
+        records = read_metrics(workdir / stage)
+        if records and records[-1]["step"] >= step:
+            break
+        time.sleep(0.01)
+    assert run.poll() is None, run.stderr.read().decode()
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+
+
+@pytest.mark.slow
+def test_killed_three_times_and_resumed_is_bit_for_bit_the_same(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _, errors = launch(whole).communicate(timeout=240)
+    assert (whole / "dpo/done.json").exists(), errors.decode()
+    for stage, step in (("sft", 5), ("dpo", 3), ("dpo", 8)):
+        killed_at(broken, stage, step)
+    _, errors = launch(broken).communicate(timeout=240)
+    assert b"resumed from step" in errors
+    for stage in ("sft", "dpo"):
+        one, two = read_metrics(whole / stage), read_metrics(broken / stage)
+        assert [r["step"] for r in two] == list(range(TOTAL + 1))
+        hexes = [[{k: float(v).hex() for k, v in r.items()} for r in run] for run in (one, two)]
+        assert hexes[0] == hexes[1]
+        final = [params_of(run / stage / "checkpoints") for run in (whole, broken)]
+        for a, b in zip(*map(jax.tree.leaves, final), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def params_of(folder):
+    config = PythiaConfig.from_name("pythia-14m", **recipe().model.overrides)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    here = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.restore_params(TOTAL, abstract(shapes, here))
+
+
+MISTAKES = {
+    "missing data": (dict(sft__data__train="nowhere.jsonl"), "nowhere.jsonl"),
+    "missing tokenizer": (dict(tokenizer="nowhere.json"), "nowhere.json"),
+    "two evaluation sets": (dict(sft__data__test_fraction=0.1), "test_fraction"),
+    "no evaluation set": (dict(dpo__data__eval=""), "test_fraction"),
+    "stage twice": (dict(stages=("sft", "sft")), "stages"),
+    "unknown stage": (dict(stages=("rlhf",)), "stages"),
+    "vocabulary too small": (dict(model__overrides__vocab_size=256), "tokenizer"),
+    "batch over devices": (dict(sft__batch_size=12), "batch rows"),
+    "batch over micro-batches": (dict(sft__micro_batches=3), "micro_batches"),
+    "heads over tensor": (dict(mesh__tensor=8, mesh__data=1), "num_heads"),
+    "mesh over devices": (dict(mesh__data=3), "devices"),
+    "folder without weights": (dict(model__weights="{workdir}", model__name=""), "config.json"),
+    "weights and a name": (dict(model__weights="{workdir}"), "model"),
+    "weight decay without effect": (dict(sft__optimizer="rmsprop", sft__weight_decay=0.1), "decay"),
+    "unknown optimizer": (dict(sft__optimizer="lion"), "optimizer"),
+    "unknown loss": (dict(dpo__loss="hinge", stages=("dpo",)), "dpo.loss"),
+    "smoothed ipo": (dict(dpo__loss="ipo", dpo__label_smoothing=0.1, stages=("dpo",)), "smoothing"),
+    "pairs without rejected": (
+        dict(
+            dpo__data__train="{data}/sft_train.jsonl",
+            dpo__data__eval="{data}/sft_test.jsonl",
+            dpo__data__format="completions",
+            stages=("dpo",),
+        ),
+        "rejected",
+    ),
+    "empty after filtering": (
+        dict(sft__truncation="drop", sft__max_length=8, sft__max_prompt_length=None),
+        "no example is left",
+    ),
+    "unknown truncation": (dict(sft__truncation="middle"), "truncation"),
+    "synthetic knob": (dict(synthetic__sft_train=0), "sft_train"),
+}
+
+
+@pytest.mark.parametrize("changes, named", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_named_in_one_line(tmp_path, changes, named):
+    with pytest.raises(InputError, match=named) as caught:
+        stages.run(recipe(**changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--config", "configs/quickstart.py", "--config.dpo.bta=1", "--workdir", "x"], "bta"),
+        (["--config", "configs/nowhere.py", "--workdir", "x"], "nowhere.py"),
+        (["--config", "configs/quickstart.py"], "workdir"),
+        (["--config", "configs/quickstart.py", "--workdir", "x", "more"], "more"),
+        (["--config", "configs/quickstart.py", "--config.dpo.beta=high", "--workdir", "x"], "beta"),
+    ],
+    ids=["unknown key", "missing recipe", "no workdir", "stray word", "wrong type"],
+)
+def test_the_launcher_says_it_in_one_line_and_exits_with_2(tmp_path, arguments, named):
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch/train.py", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "500"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and named in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_losses_that_are_not_finite_stop_the_run_and_name_the_rows(tmp_path):
+    config = recipe(
+        sft__learning_rate=1e30, sft__warmup_steps=0, stages=("sft",), sft__max_skipped_in_a_row=2
+    )
+    with pytest.raises(InputError, match="2 steps in a row.* lines [0-9]+, .*sft_train.jsonl"):
+        stages.run(config, tmp_path)
+    skipped = [r["train/skipped"] for r in read_metrics(tmp_path / "sft")[1:]]
+    assert skipped == sorted(skipped)
+
+
+@pytest.mark.slow
+def test_export_is_what_the_run_ended_with(finished, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    stages.export(finished, "dpo", tmp_path / "hf")
+    params = params_of(finished / "dpo/checkpoints")
+    model, notes = transformers.GPTNeoXForCausalLM.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not any(notes[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    embedding = model.gpt_neox.embed_in.weight.detach()
+    assert torch.equal(embedding, torch.tensor(np.array(params["embedding"])))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.eos_token_id == 0
+    for changes, named in (
+        (dict(workdir=tmp_path), "no run"),
+        (dict(stage="rlhf"), "no checkpoints"),
+        (dict(to=tmp_path / "hf"), "not empty"),
+    ):
+        with pytest.raises(InputError, match=named):
+            stages.export(**dict(workdir=finished, stage="dpo", to=tmp_path / "other") | changes)
