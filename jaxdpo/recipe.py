@@ -1,7 +1,8 @@
-"""What a configuration asks for: checked, tied to its work directory, and made into objects.
+"""What a configuration may ask for: its keys, their checks, and the objects they stand for.
 
-A configuration is a locked `ConfigDict` from a file in `configs/`; every mistake in it is an
-`InputError` that names the key. Left out: reading data and running stages (`stages`).
+A file in `configs/` starts from `blank()`, where every key stands with its meaning, and sets
+what makes it a recipe. Every mistake in it is an `InputError` that names the key. Left out:
+reading data and running stages (`stages`).
 """
 
 import functools
@@ -18,13 +19,83 @@ from typing import Any
 import jax
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from jaxdpo import InputError, convert, losses, pythia, sharding
 from jaxdpo.pythia import PythiaConfig
 from jaxdpo.step import Objective, preference_objective, rmsprop, sft_objective, warmup
 
 STAGES = ("sft", "dpo")
+
+
+def blank() -> ConfigDict:
+    """Every key of a configuration. The values are the official DPO code's where it has one.
+
+    >>> blank().dpo.learning_rate
+    5e-07
+    """
+    config = ConfigDict()
+    config.seed = 0  # of random weights, of the batches' order, of a split by prompt
+    config.stages = STAGES
+    # In paths, {workdir} is the run's folder and {data} this:
+    config.data = "{workdir}/data"
+    config.tokenizer = ""  # a tokenizer.json or its folder; empty: the one beside the weights
+    config.eos_token = "<|endoftext|>"
+    # Sizes and knobs (see synthetic.Task) of the built-in data, written to {workdir}/data.
+    config.synthetic = ConfigDict({})
+
+    config.model = ConfigDict()
+    config.model.weights = ""  # a Hugging Face folder or hub name; or else:
+    config.model.name = ""  # pythia-14m ... pythia-12b, from random weights
+    config.model.overrides = ConfigDict({})  # fields of PythiaConfig
+    config.model.dtype = "float32"  # of the computation
+    config.model.param_dtype = "float32"
+    config.model.remat = "none"  # or "dots", "full": what the backward pass computes again
+    config.model.scan_layers = False  # True compiles one layer instead of all
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices; -1: all the others
+
+    config.sft = _blank_stage()
+    config.dpo = _blank_stage()
+    config.dpo.loss = "dpo"  # or "ipo"
+    config.dpo.beta = 0.1
+    config.dpo.label_smoothing = 0.0
+    return config
+
+
+def _blank_stage() -> ConfigDict:
+    stage = ConfigDict()
+    stage.data = ConfigDict()
+    stage.data.train = ""  # a file, or a hub name
+    stage.data.eval = ""  # the same; or else:
+    stage.data.test_fraction = 0.0  # this share of the prompts of train
+    stage.data.format = "pairs"  # see pairs.FORMATS; sft on pairs trains on the chosen
+    stage.data.split = "train"  # of a hub data set; a file has no splits
+    stage.data.eval_split = "train"
+    stage.data.limit = config_dict.placeholder(int)  # read only the first rows
+    stage.data.eval_limit = config_dict.placeholder(int)
+    stage.data.max_bad_fraction = 0.01  # above it, bad rows stop the run
+    stage.max_length = 512  # tokens of prompt and longer response
+    stage.max_prompt_length = config_dict.placeholder(int)
+    stage.max_prompt_length = 256  # None with truncation "drop"
+    stage.truncation = "official"  # see tokens.Limits
+    stage.layout = "shared"  # or "separate", the plain twin
+    stage.pairs_per_row = 1
+    stage.num_buckets = 1  # row shapes, each of which is compiled
+    stage.batch_size = 64  # pairs, over all devices and micro-batches
+    stage.eval_batch_size = 32
+    stage.micro_batches = 1  # gradients are summed over them: memory for time
+    stage.epochs = 1
+    stage.optimizer = "rmsprop"  # as PyTorch defines it; or "adamw"
+    stage.learning_rate = 5e-7
+    stage.warmup_steps = 150
+    stage.weight_decay = 0.0  # of adamw
+    stage.max_grad_norm = 10.0
+    stage.max_skipped_in_a_row = 5  # steps that are not finite before the run stops
+    stage.eval_every = 312  # steps; 0: at the start and the end only
+    stage.checkpoint_every = 312
+    stage.keep_checkpoints = 2  # the latest ones, beside the best
+    stage.hand_on = "last"  # or "best": the checkpoint that the next stage starts from
+    return stage
 
 
 def check(config: ConfigDict) -> None:
@@ -95,6 +166,15 @@ def path_of(text: str, config: ConfigDict, workdir: Path) -> str:
     return text.replace("{data}", config.data).replace("{workdir}", str(workdir))
 
 
+def tokenizer_file(config: ConfigDict, workdir: Path) -> Path:
+    """The tokenizer's file or folder: the one named, or the one beside the weights."""
+    if config.tokenizer:
+        return Path(path_of(config.tokenizer, config, workdir))
+    if not config.model.weights:
+        raise InputError("tokenizer: give a tokenizer.json; random weights come without one")
+    return convert.local_folder(path_of(config.model.weights, config, workdir))
+
+
 def model(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[PythiaConfig, Callable]:
     """The model's shape, and a function that makes its parameters on the mesh."""
     settings = config.model.to_dict()
@@ -118,7 +198,8 @@ def optimizer(
     if settings.optimizer == "rmsprop":
         return rmsprop(schedule), schedule
     if settings.optimizer == "adamw":
-        return optax.adamw(schedule, weight_decay=settings.weight_decay), schedule
+        # b2 as Pythia itself was trained: 0.999 would remember more steps than short runs have.
+        return optax.adamw(schedule, b2=0.95, weight_decay=settings.weight_decay), schedule
     raise InputError(f"{name}.optimizer: {settings.optimizer!r} is unknown; rmsprop or adamw")
 
 

@@ -68,12 +68,13 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     recipe.claim(config, workdir)
     if config.synthetic:
         _write_synthetic(config, workdir)
-    tokenizer = load_tokenizer(recipe.path_of(config.tokenizer, config, workdir))
+    tokenizer_file = recipe.tokenizer_file(config, workdir)
+    tokenizer = load_tokenizer(tokenizer_file)
     mesh = sharding.make_mesh(**config.mesh)
     model, load_params = recipe.model(config, workdir, mesh)
     if tokenizer.get_vocab_size() > model.vocab_size:
         raise InputError(
-            f"tokenizer: {config.tokenizer} has {tokenizer.get_vocab_size()} ids, but the model's "
+            f"tokenizer: {tokenizer_file} has {tokenizer.get_vocab_size()} ids, but the model's "
             f"vocabulary holds {model.vocab_size}; use the tokenizer the model was made with"
         )
     this = Run(config, workdir, mesh, tokenizer, model, load_params)
@@ -109,7 +110,7 @@ def export(workdir: str | Path, stage: str, to: str | Path, *, hand_on: str = "l
         raise InputError(f"{workdir}: has no checkpoints of a stage {stage!r}")
     mesh = sharding.make_mesh()
     model, _ = recipe.model(config, workdir, mesh)
-    tokenizer = recipe.path_of(config.tokenizer, config, workdir)
+    tokenizer = recipe.tokenizer_file(config, workdir)
     eos = eos_id(load_tokenizer(tokenizer), config.eos_token)
     params = _load_params(folder, model, mesh, hand_on)[1]()
     convert.save_hf(to, model, params, tokenizer_from=tokenizer, eos_id=eos)
