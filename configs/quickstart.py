@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     config.synthetic = ConfigDict(
         dict(seed=0, sft_train=20_000, sft_test=500, pairs_train=8_000, pairs_test=500)
     )
+    config.synthetic.update(dict(facts=4, stated=2, distractors=2))  # of synthetic.Task
     config.tokenizer = "{data}/tokenizer.json"
     config.model.name = "pythia-14m"
     config.model.overrides = ConfigDict(
@@ -31,14 +32,16 @@ def get_config() -> ConfigDict:
         stage.batch_size = 16
         stage.eval_batch_size = 50
         stage.optimizer = "adamw"
+        stage.final_learning_rate = 0.1
         stage.eval_every = 100
         stage.checkpoint_every = 200
 
+    config.sft.eval_every = 200
     config.sft.data.format = "completions"
-    config.sft.learning_rate = 2e-3
+    config.sft.learning_rate = 3e-3
     config.sft.warmup_steps = 100
     config.dpo.data.format = "pairs"
-    config.dpo.learning_rate = 6e-4
+    config.dpo.learning_rate = 5e-4
     config.dpo.warmup_steps = 20
     config.dpo.beta = 0.1
     return config

@@ -9,6 +9,7 @@ Data flows through the modules in this order:
     tokens       text -> token ids, truncation, EOS; the memory-mapped token store
     batching     tokenised examples -> fixed-shape rows [prompt | chosen | rejected]
     sharding     the device mesh; the table parameter -> PartitionSpec
+    pythia_config  the numbers of a model: published sizes, Hugging Face's config.json
     pythia       the GPT-NeoX model: tokens -> hidden states; the unembedding
     convert      Hugging Face weights <-> parameters
     qfunction    hidden states -> log-probabilities of the scored tokens

@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxdpo import InputError
-from jaxdpo.pythia import PythiaConfig, init_params
+from jaxdpo.pythia import init_params
+from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.sharding import param_shardings
 
 # Tensor, parameter, and their axes: the torch shape, axes in brackets merged, -> ours. The

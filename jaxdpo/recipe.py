@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_dict
 
 from jaxdpo import InputError, convert, losses, pythia, sharding
-from jaxdpo.pythia import PythiaConfig
-from jaxdpo.step import Objective, preference_objective, rmsprop, sft_objective, warmup
+from jaxdpo.pythia_config import PythiaConfig
+from jaxdpo.step import Objective, decayed, preference_objective, rmsprop, sft_objective, warmup
 
 STAGES = ("sft", "dpo")
 
@@ -87,6 +87,7 @@ def _blank_stage() -> ConfigDict:
     stage.epochs = 1
     stage.optimizer = "rmsprop"  # as PyTorch defines it; or "adamw"
     stage.learning_rate = 5e-7
+    stage.final_learning_rate = 1.0  # of it, at the last step; 1: no decay, as officially
     stage.warmup_steps = 150
     stage.weight_decay = 0.0  # of adamw
     stage.max_grad_norm = 10.0
@@ -114,6 +115,8 @@ def check(config: ConfigDict) -> None:
         for key in ("checkpoint_every", "epochs", "micro_batches", "keep_checkpoints"):
             if stage[key] < 1:
                 raise InputError(f"{name}.{key}: must be at least 1, not {stage[key]}")
+        if not 0 <= stage.final_learning_rate <= 1:
+            raise InputError(f"{name}.final_learning_rate: a share of learning_rate from 0 to 1")
         if stage.hand_on not in ("last", "best"):
             raise InputError(f"{name}.hand_on: {stage.hand_on!r} is unknown; last or best")
     if bool(config.model.weights) == bool(config.model.name):
@@ -191,10 +194,11 @@ def model(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[PythiaConfig, 
 
 
 def optimizer(
-    name: str, settings: ConfigDict
+    name: str, settings: ConfigDict, num_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The stage's optimizer and its learning rate."""
+    """The stage's optimizer and its learning rate, which falls over `num_steps`."""
     schedule = warmup(settings.learning_rate, settings.warmup_steps)
+    schedule = decayed(schedule, settings.final_learning_rate, num_steps)
     if settings.optimizer == "rmsprop":
         return rmsprop(schedule), schedule
     if settings.optimizer == "adamw":

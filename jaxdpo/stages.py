@@ -26,7 +26,7 @@ from jaxdpo.analysis import report
 from jaxdpo.batching import Batches
 from jaxdpo.checkpoint import Checkpoints, abstract
 from jaxdpo.metrics import ProgressLine
-from jaxdpo.pythia import PythiaConfig
+from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.step import (
     initial_state,
     make_train_step,
@@ -168,7 +168,7 @@ def _train(this: Run, name: str, start: Start, checkpoints: Checkpoints) -> dict
     params = None
     if name == "dpo":
         params = _add_reference(this, start, batches, folder)
-    tx, schedule = recipe.optimizer(name, settings)
+    tx, schedule = recipe.optimizer(name, settings, len(batches["train"]))
     objective, expected = recipe.objective(this.model, name, settings)
     state, first = _state(this, start, params, tx, checkpoints)
     del params  # donated with the state; the reference is data from here on

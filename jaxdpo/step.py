@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from jaxdpo import losses, pythia, qfunction, sharding
 from jaxdpo.batching import Batch
-from jaxdpo.pythia import PythiaConfig
+from jaxdpo.pythia_config import PythiaConfig
 
 Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, count), scalars
 Objective = Callable[[Any, Batch], tuple[jax.Array, jax.Array, Metrics]]
@@ -116,6 +116,15 @@ def warmup(peak: float, warmup_steps: int) -> optax.Schedule:
     [0.25, 0.5, 0.75, 1.0, 1.0]
     """
     return lambda step: peak * jnp.minimum(1.0, (step + 1) / (warmup_steps + 1))
+
+
+def decayed(schedule: optax.Schedule, final: float, num_steps: int) -> optax.Schedule:
+    """The schedule times a line from 1 at the first step down to `final` after the last.
+
+    >>> [float(decayed(warmup(1.0, 0), 0.5, 4)(step)) for step in (0, 2, 4)]
+    [1.0, 0.75, 0.5]
+    """
+    return lambda step: schedule(step) * (1.0 - (1.0 - final) * step / num_steps)
 
 
 def rmsprop(schedule: optax.Schedule) -> optax.GradientTransformation:

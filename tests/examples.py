@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxdpo.pythia import PythiaConfig
+from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.tokens import TokenReport, TokenStore
 
 TINY = PythiaConfig(vocab_size=64, num_layers=2, num_heads=2, width=16, mlp_width=32)

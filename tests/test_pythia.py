@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 
-from jaxdpo import InputError, convert, pythia
-from jaxdpo.pythia import PythiaConfig
+from jaxdpo import InputError, convert, pythia, pythia_config
+from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.sharding import make_mesh
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "shared/data/golden/golden.json"
@@ -323,7 +323,7 @@ def test_initial_scales(scan_layers):
     assert (layer["attention_norm"]["scale"] == 1).all()
 
 
-@pytest.mark.parametrize("size", pythia._SIZES)
+@pytest.mark.parametrize("size", pythia_config._SIZES)
 def test_parameter_counts_of_the_suite(size):
     if not GOLDEN.exists():
         pytest.skip("no shared/data/golden beside the checkout")

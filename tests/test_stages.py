@@ -16,7 +16,8 @@ import pytest
 from jaxdpo import InputError, stages
 from jaxdpo.checkpoint import Checkpoints, abstract
 from jaxdpo.metrics import read_metrics
-from jaxdpo.pythia import PythiaConfig, init_params
+from jaxdpo.pythia import init_params
+from jaxdpo.pythia_config import PythiaConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = {

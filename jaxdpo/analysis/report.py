@@ -29,7 +29,7 @@ PANELS = {
             [("rewards/chosen", "chosen", CHOSEN), ("rewards/rejected", "rejected", REJECTED)],
         ),
         ("Margin: chosen minus rejected", [("rewards/margins", "", TRAIN)]),
-        ("Accuracy: chosen above rejected", [("rewards/accuracies", "", TRAIN)]),
+        ("Accuracy: chosen above rejected (a tie is not)", [("rewards/accuracies", "", TRAIN)]),
         ("Loss", [("loss", "", TRAIN)]),
     ],
 }
