@@ -214,27 +214,6 @@ def test_a_mistake_is_named_in_one_line(tmp_path, changes, named):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "arguments, named",
-    [
-        (["--config", "configs/quickstart.py", "--config.dpo.bta=1", "--workdir", "x"], "bta"),
-        (["--config", "configs/nowhere.py", "--workdir", "x"], "nowhere.py"),
-        (["--config", "configs/quickstart.py"], "workdir"),
-        (["--config", "configs/quickstart.py", "--workdir", "x", "more"], "more"),
-        (["--config", "configs/quickstart.py", "--config.dpo.beta=high", "--workdir", "x"], "beta"),
-    ],
-    ids=["unknown key", "missing recipe", "no workdir", "stray word", "wrong type"],
-)
-def test_the_launcher_says_it_in_one_line_and_exits_with_2(tmp_path, arguments, named):
-    done = subprocess.run(
-        [sys.executable, ROOT / "launch/train.py", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "500"},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr and named in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
 @pytest.mark.slow
 def test_losses_that_are_not_finite_stop_the_run_and_name_the_rows(tmp_path):
     config = recipe(

@@ -1,0 +1,74 @@
+"""The doors: what they print, and that a mistake is one line and exit status 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxdpo import synthetic
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(launcher, *arguments):
+    return subprocess.run(
+        [sys.executable, f"launch/{launcher}.py", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "400"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    sizes = dict(sft_train=3, sft_test=1, pairs_train=3, pairs_test=1)
+    synthetic.write(folder, synthetic.Task(), seed=0, **sizes)
+    return folder
+
+
+def test_inspect_data_shows_the_row_that_was_asked_for(data):
+    shown = run(
+        "inspect_data", "--data", data / "pairs_train.jsonl", "--row", 2,
+        "--tokenizer", data / "tokenizer.json",
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert "line 3:" in shown.stdout and "<|endoftext|>" in shown.stdout
+    assert "tokens are scored" in shown.stdout
+    for part in ("prompt", "chosen", "rejected"):
+        assert part in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "launcher, arguments, named",
+    [
+        ("inspect_data", ["--data", "nowhere.jsonl", "--tokenizer", "x"], "nowhere.jsonl"),
+        ("inspect_data", ["--data", "{data}/pairs_train.jsonl"], "tokenizer"),
+        (
+            "inspect_data",
+            ["--data", "{data}/pairs_train.jsonl", "--tokenizer", "{data}", "--row", "3"],
+            "--row 3",
+        ),
+        ("convert", ["--check", "{data}"], "config.json"),
+        ("convert", ["--workdir", "{data}", "--to", "x"], "no run there"),
+        ("convert", ["--check", "{data}", "--to", "x"], "give either"),
+        (
+            "train",
+            ["--config", "configs/quickstart.py", "--config.dpo.bta=1", "--workdir", "x"],
+            "bta",
+        ),
+        ("train", ["--config", "configs/nowhere.py", "--workdir", "x"], "nowhere.py"),
+        ("train", ["--config", "configs/quickstart.py"], "workdir"),
+        ("train", ["--config", "configs/quickstart.py", "--workdir", "x", "more"], "more"),
+        (
+            "train",
+            ["--config", "configs/quickstart.py", "--config.dpo.beta=high", "--workdir", "x"],
+            "beta",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_status_2(data, launcher, arguments, named):
+    done = run(launcher, *(argument.replace("{data}", str(data)) for argument in arguments))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and named in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
