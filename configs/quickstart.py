@@ -18,7 +18,9 @@ def get_config() -> ConfigDict:
     config.synthetic = ConfigDict(
         dict(seed=0, sft_train=20_000, sft_test=500, pairs_train=8_000, pairs_test=500)
     )
-    config.synthetic.update(dict(facts=4, stated=2, distractors=2))  # of synthetic.Task
+    # Knobs of synthetic.Task. A model this small learns whether a value stands in the post, but
+    # hardly whose it is: with more wrong values taken from the post, accuracy falls.
+    config.synthetic.update(dict(facts=4, stated=2, distractors=2, from_post=0.1))
     config.tokenizer = "{data}/tokenizer.json"
     config.model.name = "pythia-14m"
     config.model.overrides = ConfigDict(

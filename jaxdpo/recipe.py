@@ -125,11 +125,16 @@ def check(config: ConfigDict) -> None:
         )
 
 
+def begun(folder: Path) -> bool:
+    """Whether a stage in this folder, or in folders within it, has started to train."""
+    return (folder / "metrics.jsonl").exists() or any(folder.glob("*/metrics.jsonl"))
+
+
 def claim(config: ConfigDict, workdir: Path) -> None:
-    """Make the folder this configuration's, or refuse it if it is another's."""
+    """Make the folder this configuration's; refuse it if another's has begun to train in it."""
     file = workdir / "config.json"
     wanted = json.loads(config.to_json_best_effort())
-    if file.exists():
+    if file.exists() and begun(workdir):
         # The mesh may change: a run goes on, to rounding, on other devices.
         found = json.loads(file.read_text())
         before, now = ({k: v for k, v in c.items() if k != "mesh"} for c in (found, wanted))

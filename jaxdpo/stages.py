@@ -38,6 +38,7 @@ from jaxdpo.train import Loop, console, put_batch, train_loop
 
 # How far rounding alone can move a loss that must be log 2 at the first step.
 NOISE_FLOOR = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
+SYNTHETIC_SIZES = ("seed", "sft_train", "sft_test", "pairs_train", "pairs_test")
 
 
 class Run(NamedTuple):
@@ -87,12 +88,15 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 
 
 def _write_synthetic(config: ConfigDict, workdir: Path) -> None:
-    if (workdir / "data" / "tokenizer.json").exists():  # written last, so all is there
+    if recipe.begun(workdir):  # the data is there, and is what this configuration makes
         return
-    sizes = ("seed", "sft_train", "sft_test", "pairs_train", "pairs_test")
     knobs = config.synthetic.to_dict()
-    sizes = {name: knobs.pop(name) for name in sizes}
-    synthetic.write(workdir / "data", synthetic.Task(**knobs), **sizes)
+    try:
+        sizes = {name: knobs.pop(name) for name in SYNTHETIC_SIZES}
+        task = synthetic.Task(**knobs)
+    except (KeyError, TypeError) as error:  # a key of a recipe that is missing or unknown
+        raise InputError(f"synthetic: {error}") from error
+    synthetic.write(workdir / "data", task, **sizes)
 
 
 def export(workdir: str | Path, stage: str, to: str | Path, *, hand_on: str = "last") -> None:
@@ -237,7 +241,7 @@ def _report_data(folder, name, reports, stores: dict[str, TokenStore], shared: i
         console.print(f"{name} {split}: {store.report}")
     file = folder / "data_report.json"
     keys = {split: store.key for split, store in stores.items()}
-    if file.exists() and json.loads(file.read_text())["tokens"] != keys:
+    if recipe.begun(folder) and json.loads(file.read_text())["tokens"] != keys:
         raise InputError(
             f"{folder}: the data or the tokenizer has changed since this stage began; "
             "set it back, or choose another --workdir"

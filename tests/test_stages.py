@@ -207,6 +207,16 @@ MISTAKES = {
 }
 
 
+def test_a_mistake_does_not_spoil_the_folder(tmp_path):
+    """What failed before anything was trained may be set right in the same work directory."""
+    for changes, named in (
+        (dict(tokenizer="no.json"), "no.json"),
+        (dict(dpo__loss="no"), "dpo.loss"),
+    ):
+        with pytest.raises(InputError, match=named):
+            stages.run(recipe(stages=("dpo",), **changes), tmp_path)
+
+
 @pytest.mark.parametrize("changes, named", MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_named_in_one_line(tmp_path, changes, named):
     with pytest.raises(InputError, match=named) as caught:
