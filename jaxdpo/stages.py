@@ -197,60 +197,61 @@ def _train(this: Run, name: str, start: Start, checkpoints: Checkpoints) -> dict
 
 
 def _stores(this: Run, name: str) -> dict[str, TokenStore]:
-    """The tokenised training and evaluation data of a stage, read, counted and reported."""
+    """The tokenised training and evaluation data of a stage, counted and reported."""
     settings, folder = this.config[name], this.workdir / name
-    data = settings.data
-    read = functools.partial(
-        pairs.read_pairs, format=data.format, max_bad_fraction=data.max_bad_fraction
-    )
-    sources = {"train": (data.train, data.split, data.limit)}
-    if data.eval:
-        sources["eval"] = (data.eval, data.eval_split, data.eval_limit)
-    found, reports = {}, {}
-    for side, (source, split, limit) in sources.items():
-        path = recipe.path_of(source, this.config, this.workdir)
-        found[side], reports[side] = read(path, split=split, limit=limit)
-    if name == "sft":
-        found = {split: pairs.chosen_only(rows) for split, rows in found.items()}
-    elif any(pair.rejected is None for rows in found.values() for pair in rows):
-        raise InputError(f"dpo.data.format: {data.format!r} has no rejected responses")
-    if data.test_fraction:
-        found["train"], found["eval"] = pairs.split_by_prompt(
-            found["train"], test_fraction=data.test_fraction, seed=this.config.seed
-        )
+    examples, reading = _examples(this, name)
     limits = Limits(settings.max_length, settings.max_prompt_length, settings.truncation)
     eos = eos_id(this.tokenizer, this.config.eos_token)
-    stores = {
-        split: tokenize(
+    stores = {}
+    for side, rows in examples.items():
+        stores[side] = tokenize(
             rows, this.tokenizer, eos=eos, limits=limits, folder=this.workdir / "tokens"
         )
-        for split, rows in found.items()
-    }
-    both = {pair.prompt for pair in found["train"]} & {pair.prompt for pair in found["eval"]}
-    if both:
-        console.print(f"{name}: warning: {len(both)} prompts stand in both train and eval")
-    _report_data(folder, name, reports, stores, len(both))
-    return stores
-
-
-def _report_data(folder, name, reports, stores: dict[str, TokenStore], shared: int) -> None:
-    """Say and keep what the data is; refuse a stage whose data has changed under it."""
-    for split, data_report in reports.items():
-        console.print(f"{name} {split}: {data_report}")
-    for split, store in stores.items():
-        console.print(f"{name} {split}: {store.report}")
+        console.print(f"{name} {side}: {stores[side].report}")
     file = folder / "data_report.json"
-    keys = {split: store.key for split, store in stores.items()}
+    keys = {side: store.key for side, store in stores.items()}
     if recipe.begun(folder) and json.loads(file.read_text())["tokens"] != keys:
         raise InputError(
             f"{folder}: the data or the tokenizer has changed since this stage began; "
             "set it back, or choose another --workdir"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {split: data_report.as_json() for split, data_report in reports.items()}
-    tokens = {split: dataclasses.asdict(store.report) for split, store in stores.items()}
-    report = {"rows": rows, "prompts_in_train_and_eval": shared, "truncation": tokens}
-    recipe.write_json(file, report | {"tokens": keys})
+    cut = {side: dataclasses.asdict(store.report) for side, store in stores.items()}
+    recipe.write_json(file, reading | {"truncation": cut, "tokens": keys})
+    return stores
+
+
+def _examples(this: Run, name: str) -> tuple[dict[str, list[pairs.Pair]], dict[str, Any]]:
+    """The validated examples of both sides, and what reading them counted."""
+    data = this.config[name].data
+    sources = {"train": (data.train, data.split, data.limit)}
+    if data.eval:
+        sources["eval"] = (data.eval, data.eval_split, data.eval_limit)
+    examples, rows, merged = {}, {}, {}
+    for side, (source, split, limit) in sources.items():
+        read, report = pairs.read_pairs(
+            recipe.path_of(source, this.config, this.workdir),
+            format=data.format,
+            split=split,
+            max_bad_fraction=data.max_bad_fraction,
+            limit=limit,
+        )
+        console.print(f"{name} {side}: {report}")
+        examples[side] = pairs.chosen_only(read) if name == "sft" else read
+        rows[side], merged[side] = report.as_json(), len(read) - len(examples[side])
+        if merged[side]:
+            console.print(f"{name} {side}: {merged[side]} pairs of a prompt met before: one kept")
+        if name == "dpo" and any(pair.rejected is None for pair in read):
+            raise InputError(f"dpo.data.format: {data.format!r} has no rejected responses")
+    if data.test_fraction:
+        examples["train"], examples["eval"] = pairs.split_by_prompt(
+            examples["train"], test_fraction=data.test_fraction, seed=this.config.seed
+        )
+    prompts = [{pair.prompt for pair in examples[side]} for side in ("train", "eval")]
+    if both := len(prompts[0] & prompts[1]):
+        console.print(f"{name}: warning: {both} prompts stand in both train and eval")
+    reading = {"rows": rows, "pairs_merged_by_prompt": merged}
+    return examples, reading | {"prompts_in_train_and_eval": both}
 
 
 def _batches(this: Run, name: str, stores: dict[str, TokenStore]) -> dict[str, Batches]:

@@ -48,15 +48,8 @@ def write(workdir: str | Path, stages: Sequence[str]) -> list[Table | str]:
         draw(records, stage, figure)
         rows += summary(records, stage)
         shown.append(f"figure: {figure}")
-    header = (
-        "stage",
-        "metric",
-        "train, first tenth",
-        "train, last tenth",
-        "eval before",
-        "eval after",
-    )
-    table = Table(*header)
+    header = ("stage", "metric", "train start", "train end", "eval start", "eval end")
+    table = Table(*header, caption="train: means over the first and the last tenth of the steps")
     for row in rows:
         table.add_row(*row)
     lines = [f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows)]
