@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
         stage.max_length = 160
         stage.max_prompt_length = 128
         stage.batch_size = 16
-        stage.eval_batch_size = 50
+        stage.eval_batch_size = 48
         stage.optimizer = "adamw"
         stage.final_learning_rate = 0.1
         stage.eval_every = 100

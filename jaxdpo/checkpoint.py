@@ -21,10 +21,11 @@ from jaxdpo.step import TrainState
 class Checkpoints:
     """The checkpoints in `folder`: the latest `keep` and the one with the lowest `loss`.
 
-    Used as a context manager, which waits for saves under way.
+    Used as a context manager, which waits for saves under way. `clean` deletes what a killed
+    save left behind, and is for the one who writes: a save under way looks the same.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2):
+    def __init__(self, folder: str | Path, *, keep: int = 2, clean: bool = False):
         policies = ocp.training.preservation_policies
         lowest_loss = policies.BestN(
             n=1, get_metric_fn=_loss, reverse=True, keep_checkpoints_without_metrics=False
@@ -36,7 +37,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(keep), lowest_loss]
             ),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=clean,
         )
 
     @property
@@ -68,11 +69,13 @@ class Checkpoints:
     def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         try:
             return self._checkpointer.load_checkpointables(step, abstract)
+        except (jax.errors.JaxRuntimeError, MemoryError):  # no room: the checkpoint is good
+            raise
         except Exception as error:  # Orbax wraps the cause in a misleading "no entry"
             cause = error.__context__ or error
             raise InputError(
-                f"{self.folder / str(step)}: this checkpoint cannot be read ({cause}); delete the "
-                "folder to go on from the one before it"
+                f"{self.folder / str(step)}: this checkpoint cannot be read ({cause}); move the "
+                "folder away to go on from the one before it"
             ) from error
 
     def wait(self) -> None:

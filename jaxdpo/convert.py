@@ -429,9 +429,10 @@ def _to_torch(config: PythiaConfig, pattern: str, leaf: np.ndarray) -> np.ndarra
 
 def _refuse_foreign_tokenizer(path: Path, config: PythiaConfig, eos_id: int) -> None:
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    if tokenizer.get_vocab_size() > config.vocab_size:
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= config.vocab_size:
         raise InputError(
-            f"{path}: has {tokenizer.get_vocab_size()} tokens, the model only "
+            f"{path}: has ids up to {highest}, but the model's vocabulary holds "
             f"{config.vocab_size}; name the model's own tokenizer"
         )
     if tokenizer.id_to_token(eos_id) is None:

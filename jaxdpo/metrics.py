@@ -45,7 +45,7 @@ class MetricsWriter:
         writing.write_text("".join(json.dumps(record) + "\n" for record in old))
         os.replace(writing, file)
         self._file = open(file, "a")
-        purge = None if after is None else after + 1
+        purge = 0 if after is None else after + 1
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def write(self, record: Record) -> None:

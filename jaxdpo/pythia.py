@@ -2,9 +2,8 @@
 
 A row may hold several segments, and a segment a prompt with several responses: who may
 attend to whom is read off `segment_ids` and `branch_ids`, rotary angles off `positions`.
-Left out: logits of whole rows in training (`qfunction` takes the scored positions in
-chunks), the placement of parameters (`sharding`), files (`convert`), and dropout, which
-Pythia does not use.
+Left out: logits in training (`qfunction` makes them, for the scored positions only), the
+placement of parameters (`sharding`), files (`convert`), and dropout, which Pythia does not use.
 """
 
 import dataclasses

@@ -149,7 +149,14 @@ class PythiaConfig:
             for key, fixed in _HF_FIXED.items()
             if hf.get(key, fixed) != fixed
         ]
-        problems += [f"{key} is missing" for key in _HF_FIELDS.values() if key not in hf]
+        problems += [
+            f"{key} is {'not a number' if key in hf else 'missing'}"
+            for key in _HF_FIELDS.values()
+            if type(hf.get(key)) not in (int, float)
+        ]
+        parallel = hf.get("use_parallel_residual")
+        if type(parallel) not in (bool, type(None)):
+            problems.append(f"use_parallel_residual={parallel!r} is neither true nor false")
         read = {*_HF_FIELDS.values(), *_HF_FIXED, *_HF_BOOKKEEPING}
         read |= {"use_parallel_residual", "rotary_pct", "rotary_emb_base", "rope_parameters"}
         problems += [
@@ -160,7 +167,7 @@ class PythiaConfig:
         if problems:
             raise InputError(f"config.json: {'; '.join(problems)}")
         fields = {field: hf[key] for field, key in _HF_FIELDS.items()} | rotary
-        fields["parallel_residual"] = hf.get("use_parallel_residual", True)
+        fields["parallel_residual"] = parallel is not False  # absent or null: the default
         return cls._overridden(fields, overrides)
 
     @classmethod

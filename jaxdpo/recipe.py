@@ -26,10 +26,20 @@ from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.step import Objective, decayed, preference_objective, rmsprop, sft_objective, warmup
 
 STAGES = ("sft", "dpo")
+TINY, HUGE = 1e-12, math.inf  # what must be positive; what has no upper limit
+RANGES = {
+    **dict.fromkeys(("batch_size", "eval_batch_size", "micro_batches", "epochs"), (1, HUGE)),
+    **dict.fromkeys(("pairs_per_row", "num_buckets", "max_skipped_in_a_row"), (1, HUGE)),
+    **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "max_length"), (1, HUGE)),
+    **dict.fromkeys(("eval_every", "warmup_steps", "weight_decay"), (0, HUGE)),
+    **dict.fromkeys(("learning_rate", "max_grad_norm", "beta"), (TINY, HUGE)),
+    "final_learning_rate": (0, 1),
+    "label_smoothing": (0, 0.5),
+}
 
 
 def blank() -> ConfigDict:
-    """Every key of a configuration. The values are the official DPO code's where it has one.
+    """Every key of a configuration; the values are the official DPO code's or its README's.
 
     >>> blank().dpo.learning_rate
     5e-07
@@ -59,7 +69,7 @@ def blank() -> ConfigDict:
     config.dpo.loss = "dpo"  # or "ipo"
     config.dpo.beta = 0.1
     config.dpo.label_smoothing = 0.0
-    return config
+    return config.lock()  # a misspelt key in a recipe is an error too
 
 
 def _blank_stage() -> ConfigDict:
@@ -104,21 +114,33 @@ def check(config: ConfigDict) -> None:
     unknown = [name for name in config.stages if name not in STAGES]
     if unknown or not config.stages or len(set(config.stages)) < len(config.stages):
         raise InputError(f"stages: {config.stages} must be some of {STAGES}, each once")
+    if set(config.mesh) != set(sharding.AXES):
+        raise InputError(f"mesh: {dict(config.mesh)} must have the keys {', '.join(sharding.AXES)}")
+    if config.seed < 0:
+        raise InputError(f"seed: must not be negative, not {config.seed}")
     for name in config.stages:
         stage = config[name]
+        if not stage.data.train:
+            raise InputError(f"{name}.data.train: give a file or a hub name")
         if bool(stage.data.eval) == bool(stage.data.test_fraction):
             raise InputError(
                 f"{name}.data: give either eval (a file) or test_fraction (a share of the prompts)"
             )
+        if stage.data.test_fraction and (stage.data.eval_limit or stage.data.eval_split != "train"):
+            raise InputError(f"{name}.data: eval_limit and eval_split have no effect without eval")
         if stage.optimizer == "rmsprop" and stage.weight_decay:
             raise InputError(f"{name}.weight_decay: has no effect with rmsprop; set it to 0")
-        for key in ("checkpoint_every", "epochs", "micro_batches", "keep_checkpoints"):
-            if stage[key] < 1:
-                raise InputError(f"{name}.{key}: must be at least 1, not {stage[key]}")
-        if not 0 <= stage.final_learning_rate <= 1:
-            raise InputError(f"{name}.final_learning_rate: a share of learning_rate from 0 to 1")
+        for key, (low, high) in RANGES.items():
+            if key in stage and not low <= stage[key] <= high:
+                raise InputError(f"{name}.{key}: {stage[key]} is not between {low} and {high}")
         if stage.hand_on not in ("last", "best"):
             raise InputError(f"{name}.hand_on: {stage.hand_on!r} is unknown; last or best")
+        every = stage.eval_every
+        if stage.hand_on == "best" and (every == 0 or stage.checkpoint_every % every):
+            raise InputError(
+                f"{name}.hand_on: best needs an evaluation at every checkpoint; make "
+                f"checkpoint_every={stage.checkpoint_every} a multiple of eval_every={every}"
+            )
     if bool(config.model.weights) == bool(config.model.name):
         raise InputError(
             "model: give either weights (a folder or hub name) or name (a size, random weights)"
@@ -131,13 +153,17 @@ def begun(folder: Path) -> bool:
 
 
 def claim(config: ConfigDict, workdir: Path) -> None:
-    """Make the folder this configuration's; refuse it if another's has begun to train in it."""
+    """Make the folder this configuration's; refuse it if another's has begun to train in it.
+
+    The mesh may change (a run goes on, to rounding, on other devices), and so may the keys
+    of a stage that has not begun.
+    """
     file = workdir / "config.json"
+    free = {"mesh"} | {name for name in STAGES if not begun(workdir / name)}
     wanted = json.loads(config.to_json_best_effort())
     if file.exists() and begun(workdir):
-        # The mesh may change: a run goes on, to rounding, on other devices.
         found = json.loads(file.read_text())
-        before, now = ({k: v for k, v in c.items() if k != "mesh"} for c in (found, wanted))
+        before, now = ({k: v for k, v in c.items() if k not in free} for c in (found, wanted))
         differ = sorted(_flat(before).items() ^ _flat(now).items())
         if differ:
             keys = ", ".join(sorted({key for key, _ in differ}))
@@ -145,8 +171,11 @@ def claim(config: ConfigDict, workdir: Path) -> None:
                 f"{workdir}: belongs to another configuration; these keys differ: {keys}. "
                 "Choose another --workdir, or set them back"
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(file, wanted)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(file, wanted)
+    except OSError as error:
+        raise InputError(f"--workdir {workdir}: cannot be written to ({error.strerror})") from error
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers")
     versions = {name: version(name) for name in packages}
     devices = {"devices": jax.device_count(), "kind": jax.devices()[0].device_kind}
@@ -186,6 +215,8 @@ def tokenizer_file(config: ConfigDict, workdir: Path) -> Path:
 def model(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[PythiaConfig, Callable]:
     """The model's shape, and a function that makes its parameters on the mesh."""
     settings = config.model.to_dict()
+    if twice := set(settings) & set(settings["overrides"]):
+        raise InputError(f"model.overrides: {', '.join(sorted(twice))} stand in model itself")
     weights, name, overrides = (settings.pop(key) for key in ("weights", "name", "overrides"))
     if weights:
         source = path_of(weights, config, workdir)

@@ -10,13 +10,13 @@ Left out: what a configuration may say (`recipe`), the loop (`train`), what one 
 import dataclasses
 import functools
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
@@ -25,9 +25,10 @@ from jaxdpo import InputError, convert, pairs, pythia, recipe, reference, shardi
 from jaxdpo.analysis import report
 from jaxdpo.batching import Batches
 from jaxdpo.checkpoint import Checkpoints, abstract
-from jaxdpo.metrics import ProgressLine
+from jaxdpo.metrics import ProgressLine, read_metrics
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.step import (
+    Objective,
     initial_state,
     make_train_step,
     state_shardings,
@@ -49,7 +50,19 @@ class Run(NamedTuple):
     mesh: Mesh
     tokenizer: Tokenizer
     model: PythiaConfig
-    load_params: Callable[[], Any]  # the parameters before the first stage
+
+
+class Stage(NamedTuple):
+    """A stage made ready: its data read and counted, its parts built."""
+
+    name: str
+    settings: ConfigDict
+    folder: Path
+    batches: dict[str, Batches]  # train, eval
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    objective: Objective
+    expected_first_loss: float | None
 
 
 class Start(NamedTuple):
@@ -64,6 +77,8 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 
     Raises `InputError` for every mistake in the configuration, the data or the folder.
     """
+    if jax.process_count() > 1:
+        raise InputError("several processes: a run is of one process yet, with all its devices")
     workdir = Path(os.path.abspath(workdir))
     recipe.check(config)
     recipe.claim(config, workdir)
@@ -73,16 +88,20 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     tokenizer = load_tokenizer(tokenizer_file)
     mesh = sharding.make_mesh(**config.mesh)
     model, load_params = recipe.model(config, workdir, mesh)
-    if tokenizer.get_vocab_size() > model.vocab_size:
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= model.vocab_size:
         raise InputError(
-            f"tokenizer: {tokenizer_file} has {tokenizer.get_vocab_size()} ids, but the model's "
-            f"vocabulary holds {model.vocab_size}; use the tokenizer the model was made with"
+            f"tokenizer: {tokenizer_file} has ids up to {highest}, but the model's vocabulary "
+            f"holds {model.vocab_size}; use the tokenizer the model was made with"
         )
-    this = Run(config, workdir, mesh, tokenizer, model, load_params)
+    this = Run(config, workdir, mesh, tokenizer, model)
+    # All stages are made ready first: a mistake in the last one must not cost the others.
+    todo = [name for name in config.stages if not (workdir / name / "done.json").exists()]
+    prepared = {name: _prepared(this, name) for name in todo}
     start = Start(f"{config.model.weights or 'random weights'}", load_params)
     with jax.set_mesh(mesh):  # the model keeps activations split by rows on it
         for name in config.stages:
-            start = _run_stage(this, name, start)
+            start = _run_stage(this, name, prepared.get(name), start)
     for line in report.write(workdir, config.stages):
         console.print(line)
 
@@ -99,7 +118,7 @@ def _write_synthetic(config: ConfigDict, workdir: Path) -> None:
     synthetic.write(workdir / "data", task, **sizes)
 
 
-def export(workdir: str | Path, stage: str, to: str | Path, *, hand_on: str = "last") -> None:
+def export(workdir: str | Path, stage: str, to: str | Path, *, which: str = "last") -> None:
     """Write a stage's last or best parameters, with the tokenizer, as a Hugging Face folder.
 
     Reads the configuration that the run saved; executes nothing. Raises `InputError` where
@@ -116,21 +135,43 @@ def export(workdir: str | Path, stage: str, to: str | Path, *, hand_on: str = "l
     model, _ = recipe.model(config, workdir, mesh)
     tokenizer = recipe.tokenizer_file(config, workdir)
     eos = eos_id(load_tokenizer(tokenizer), config.eos_token)
-    params = _load_params(folder, model, mesh, hand_on)[1]()
+    params = _load_params(folder, model, mesh, which)[1]()
     convert.save_hf(to, model, params, tokenizer_from=tokenizer, eos_id=eos)
 
 
-def _run_stage(this: Run, name: str, start: Start) -> Start:
-    """Run a stage to its end, unless it is finished; returns where the next one starts."""
+def _prepared(this: Run, name: str) -> Stage:
+    settings = this.config[name]
+    batches = _batches(this, name, _stores(this, name))
+    for key, data in (("batch_size", batches["train"]), ("eval_batch_size", batches["eval"])):
+        micro_batches = settings.micro_batches if key == "batch_size" else 1
+        try:
+            sharding.check_divisible(
+                this.mesh,
+                batch_rows=data.num_groups // micro_batches,
+                num_heads=this.model.num_heads,
+                width=this.model.width,
+                mlp_width=this.model.mlp_width,
+                vocab_size=this.model.vocab_size,
+            )
+        except InputError as error:
+            raise InputError(f"{name} ({key}={settings[key]}): {error}") from error
+    tx, schedule = recipe.optimizer(name, settings, len(batches["train"]))
+    objective, expected = recipe.objective(this.model, name, settings)
+    folder = this.workdir / name
+    return Stage(name, settings, folder, batches, tx, schedule, objective, expected)
+
+
+def _run_stage(this: Run, name: str, stage: Stage | None, start: Start) -> Start:
+    """Run a stage to its end, unless it is finished (None); returns where the next one starts."""
     settings, folder = this.config[name], this.workdir / name
-    done = folder / "done.json"
-    with Checkpoints(folder / "checkpoints", keep=settings.keep_checkpoints) as checkpoints:
-        if done.exists():
-            console.print(f"{name}: finished at step {json.loads(done.read_text())['step']}")
-        else:
-            final = _train(this, name, start, checkpoints)
+    if stage is not None:
+        keep = settings.keep_checkpoints
+        with Checkpoints(folder / "checkpoints", keep=keep, clean=True) as checkpoints:
+            _train(this, stage, start, checkpoints)
             checkpoints.wait()
-            recipe.write_json(done, final)
+        recipe.write_json(folder / "done.json", read_metrics(folder)[-1])
+    final = json.loads((folder / "done.json").read_text())
+    console.print(f"{name}: finished at step {final['step']}")
     step, load = _load_params(folder / "checkpoints", this.model, this.mesh, settings.hand_on)
     return Start(f"{name} step {step}", load)
 
@@ -155,45 +196,28 @@ def _param_shapes(model: PythiaConfig) -> Any:
     return jax.eval_shape(functools.partial(pythia.init_params, model), jax.random.key(0))
 
 
-def _train(this: Run, name: str, start: Start, checkpoints: Checkpoints) -> dict[str, Any]:
-    settings, folder = this.config[name], this.workdir / name
-    stores = _stores(this, name)
-    batches = _batches(this, name, stores)
-    sharding.check_divisible(
-        this.mesh,
-        batch_rows=math.gcd(
-            batches["train"].num_groups // settings.micro_batches, batches["eval"].num_groups
-        ),
-        num_heads=this.model.num_heads,
-        width=this.model.width,
-        mlp_width=this.model.mlp_width,
-        vocab_size=this.model.vocab_size,
-    )
-    params = None
-    if name == "dpo":
-        params = _add_reference(this, start, batches, folder)
-    tx, schedule = recipe.optimizer(name, settings, len(batches["train"]))
-    objective, expected = recipe.objective(this.model, name, settings)
-    state, first = _state(this, start, params, tx, checkpoints)
+def _train(this: Run, stage: Stage, start: Start, checkpoints: Checkpoints) -> None:
+    params = _add_reference(this, stage, start) if stage.name == "dpo" else None
+    state, first = _state(this, start, params, stage.tx, checkpoints)
     del params  # donated with the state; the reference is data from here on
     step = make_train_step(
-        objective,
-        tx,
-        max_grad_norm=settings.max_grad_norm,
-        micro_batches=settings.micro_batches,
+        stage.objective,
+        stage.tx,
+        max_grad_norm=stage.settings.max_grad_norm,
+        micro_batches=stage.settings.micro_batches,
         shardings=jax.tree.map(lambda x: x.sharding, state),
     )
     loop = Loop(
-        name=name,
+        name=stage.name,
         train_step=step,
-        eval_step=jax.jit(lambda params, batch: objective(params, batch)[2]),
-        schedule=schedule,
+        eval_step=jax.jit(lambda params, batch: stage.objective(params, batch)[2]),
+        schedule=stage.schedule,
         put=functools.partial(put_batch, mesh=this.mesh),
-        settings=settings,
-        expected_first_loss=expected,
+        settings=stage.settings,
+        expected_first_loss=stage.expected_first_loss,
         noise_floor=NOISE_FLOOR[this.model.dtype],
     )
-    return train_loop(loop, state, first, batches, checkpoints, folder)
+    train_loop(loop, state, first, stage.batches, checkpoints, stage.folder)
 
 
 def _stores(this: Run, name: str) -> dict[str, TokenStore]:
@@ -260,7 +284,6 @@ def _batches(this: Run, name: str, stores: dict[str, TokenStore]) -> dict[str, B
         pairs_per_row=settings.pairs_per_row,
         num_buckets=settings.num_buckets,
         layout=settings.layout,
-        process=(jax.process_index(), jax.process_count()),
     )
     train = Batches(
         stores["train"],
@@ -278,7 +301,7 @@ def _batches(this: Run, name: str, stores: dict[str, TokenStore]) -> dict[str, B
     return {"train": train, "eval": evaluation}
 
 
-def _add_reference(this: Run, start: Start, batches: dict[str, Batches], folder: Path) -> Any:
+def _add_reference(this: Run, stage: Stage, start: Start) -> Any:
     """Give the batches the reference's log-probabilities; returns its parameters if loaded.
 
     They are the parameters that training starts from, and are loaded at most once.
@@ -286,22 +309,22 @@ def _add_reference(this: Run, start: Start, batches: dict[str, Batches], folder:
     load = functools.cache(start.load)
     logps = jax.jit(functools.partial(token_logps, this.model))
     put = functools.partial(put_batch, mesh=this.mesh)
-    batch_size = this.config.dpo.eval_batch_size
-    for split, data in batches.items():
+    for side, data in stage.batches.items():
 
-        def compute(data=data, split=split):
+        def compute(data=data, side=side):
             params, total = load(), len(data.store)
-            with ProgressLine(f"reference {split}", total, console=console) as line:
+            with ProgressLine(f"reference {side}", total, console=console) as line:
                 return reference.reference_token_logps(
                     lambda batch: logps(params, put(batch)),
                     data.store,
-                    batch_size=batch_size,
+                    batch_size=stage.settings.eval_batch_size,
                     num_buckets=len(data.shapes),
                     progress=lambda done: line.update(done, pairs=done),
                 )
 
         manifest = {"weights": start.source, "tokens": data.store.key, "dtype": this.model.dtype}
-        data.reference = reference.kept(folder / "reference" / f"{split}.npy", manifest, compute)
+        file = stage.folder / f"reference/{side}.npy"
+        data.reference = reference.kept(file, manifest, compute)
     return load() if load.cache_info().currsize else None
 
 

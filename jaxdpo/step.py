@@ -144,7 +144,9 @@ def clipped(grads: Any, norm: jax.Array, max_norm: float) -> Any:
 def initial_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first update; jit it with `state_shardings` as out_shardings."""
     zero = lambda: jnp.zeros((), jnp.int32)  # one each: a buffer cannot be donated twice
-    return TrainState(zero(), params, tx.init(params), zero(), zero())
+    # Gradients are summed in float32, so moments are kept in it, whatever the parameters'.
+    opt_state = tx.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    return TrainState(zero(), params, opt_state, zero(), zero())
 
 
 def state_shardings(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -140,24 +140,32 @@ class TokenStore:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`-like file, or of a folder that holds one.
+    """The tokenizer of a `tokenizer.json`-like file, or of a folder with tokenizer files.
 
     Special tokens written out in a text are tokenised as the plain characters they are:
     user text can never produce a real EOS. Padding and truncation stored in the file are
     switched off. Raises `InputError` if there is no such file or it is no tokenizer.
     """
     file = Path(path)
-    file = file / "tokenizer.json" if file.is_dir() else file
-    if not file.is_file():
+    if file.is_dir() and (file / "tokenizer.json").is_file():
+        file = file / "tokenizer.json"
+    if not file.is_file() and not (file / "vocab.json").is_file():
         raise InputError(f"{file}: no tokenizer there; give a tokenizer.json or its folder")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = _vocab_and_merges(file) if file.is_dir() else Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust side raises a bare Exception
         raise InputError(f"{file}: not a tokenizer file ({error})") from error
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _vocab_and_merges(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder from before tokenizer.json, as transformers reads it."""
+    from transformers import AutoTokenizer  # slow to import, and rarely needed
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
 
 
 def eos_id(tokenizer: Tokenizer, eos_token: str = "<|endoftext|>") -> int:

@@ -59,8 +59,8 @@ def train_loop(
     batches: dict[str, Batches],
     checkpoints: Checkpoints,
     folder: Path,
-) -> dict[str, Any]:
-    """Train from step `start` to the last batch; returns the last record.
+) -> None:
+    """Train from step `start` to the last batch, leaving checkpoints and `metrics.jsonl`.
 
     A step's metrics are fetched while the next one runs. Before a checkpoint they are
     written to disk, so that a resumed run finds the lines of all steps before it.
@@ -72,22 +72,21 @@ def train_loop(
         MetricsWriter(folder, after=start if start else None) as writer,
         ProgressLine(loop.name, total, start=start, console=console) as line,
     ):
-        record: dict[str, Any] = {"step": start}
         if start == 0:
-            record |= evaluate(loop, state.params, batches["eval"])
-            _check_first_loss(loop, record["eval/loss"], "evaluation")
-            writer.write(record)
+            evaluated = evaluate(loop, state.params, batches["eval"])
+            _check_first(loop, evaluated, "eval")
+            writer.write({"step": 0} | evaluated)
 
-        def finish(step: int, metrics: Metrics, evaluated: dict) -> dict[str, Any]:
+        def finish(step: int, metrics: Metrics, evaluated: dict) -> None:
             record = _record(loop, step, metrics, evaluated, batches["train"])
             writer.write(record)
             done = (step - start) * settings.batch_size
             line.update(step, pairs=done, loss=record["train/loss"])
-            return record
 
         pending = None
         for step, batch in enumerate(prefetch(batches["train"], start, total), start + 1):
-            state, metrics = loop.train_step(state, loop.put(batch))
+            with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
+                state, metrics = loop.train_step(state, loop.put(batch))
             if block:
                 jax.block_until_ready(state)
             if pending:
@@ -97,10 +96,10 @@ def train_loop(
             evaluated = evaluate(loop, state.params, batches["eval"]) if due else {}
             pending = (step, metrics, evaluated)
             if last or step % settings.checkpoint_every == 0:
-                record, pending = finish(*pending), None
+                finish(*pending)
+                pending = None
                 writer.flush()
                 checkpoints.save(step, state, loss=evaluated.get("eval/loss"))
-    return record
 
 
 def _record(loop: Loop, step: int, metrics: Metrics, evaluated: dict, batches: Batches) -> dict:
@@ -118,18 +117,28 @@ def _record(loop: Loop, step: int, metrics: Metrics, evaluated: dict, batches: B
             f"to step {step}; lower the learning rate, or look at lines {', '.join(lines)} of "
             f"{loop.settings.data.train}"
         )
+    updates_before = step - 1 - (skipped - (in_a_row > 0))
+    values["learning_rate"] = float(loop.schedule(updates_before))
+    record = {"step": step} | {f"train/{name}": v for name, v in values.items()} | evaluated
     if step == 1 and not in_a_row:
-        _check_first_loss(loop, values["loss"], "training")
-    values["learning_rate"] = float(loop.schedule(step - 1 - skipped))
-    return {"step": step} | {f"train/{name}": v for name, v in values.items()} | evaluated
+        _check_first(loop, record, "train")
+    return record
 
 
-def _check_first_loss(loop: Loop, loss: float, where: str) -> None:
-    """Policy and reference are the same model at step 0: anything but log 2 is a fault."""
+def _check_first(loop: Loop, record: dict[str, Any], side: str) -> None:
+    """Policy and reference are the same model at step 0: anything but log 2 is a fault.
+
+    The loss sees rewards that scatter around zero, their means those that are shifted.
+    """
     expected = loop.expected_first_loss
-    if expected is not None and not abs(loss - expected) <= loop.noise_floor * max(1.0, expected):
+    if expected is None:
+        return
+    off = {"loss": (record[f"{side}/loss"] - expected) / max(1.0, expected)}
+    off |= {key: record[f"{side}/{key}"] for key in ("rewards/chosen", "rewards/rejected")}
+    wrong = {key: value for key, value in off.items() if not abs(value) <= loop.noise_floor}
+    if wrong:
         raise InputError(
-            f"{loop.name}: the {where} loss is {loss:.6f} before the first update, not "
-            f"{expected:.6f}: the reference's log-probabilities are not this policy's; delete "
-            f"{loop.name}/reference in the work directory"
+            f"{loop.name}: before the first update the {side} loss must be {expected:.4f} and "
+            f"rewards zero, but {', '.join(wrong)} are off by {max(wrong.values(), key=abs):.4f}: "
+            f"the reference is not this policy; delete {loop.name}/reference in the work directory"
         )

@@ -28,7 +28,7 @@ def main() -> None:
     if CHECK.value and not (WORKDIR.value or TO.value):
         check(CHECK.value, REVISION.value)
     elif WORKDIR.value and TO.value and not (CHECK.value or REVISION.value):
-        stages.export(WORKDIR.value, STAGE.value, TO.value, hand_on=WHICH.value)
+        stages.export(WORKDIR.value, STAGE.value, TO.value, which=WHICH.value)
         print(f"wrote {TO.value}")
     else:
         raise InputError("give either --check [--revision], or --workdir and --to")

@@ -25,9 +25,10 @@ def run(main: Callable[[], None]) -> None:
     try:
         try:
             arguments = flags.FLAGS(sys.argv)
-        # An unknown key of a locked configuration raises KeyError or AttributeError.
-        except (flags.Error, KeyError, AttributeError, OSError, ValueError, TypeError) as error:
-            raise InputError(f"command line: {str(error).strip(chr(34))}") from error
+        # A recipe is a program: what it or a flag gets wrong can be any exception.
+        except Exception as error:
+            said = " ".join(str(error).strip("\"'").split())
+            raise InputError(f"command line or recipe: {said}") from error
         if len(arguments) > 1:
             raise InputError(f"command line: {arguments[1]!r} belongs to no flag")
         main()

@@ -19,7 +19,10 @@ TOKENIZER = flags.DEFINE_string(
 )
 FORMAT = flags.DEFINE_enum("format", "pairs", list(pairs.FORMATS), "What the rows look like.")
 SPLIT = flags.DEFINE_string("split", "train", "Of a hub data set.")
-ROW = flags.DEFINE_integer("row", 0, "Which of the kept examples to show, from 0.", lower_bound=0)
+ROW = flags.DEFINE_integer("row", 0, "Which of the good examples to show, from 0.", lower_bound=0)
+PACKED = flags.DEFINE_integer(
+    "pairs_per_row", 1, "That and the next ones in one row.", lower_bound=1
+)
 EOS = flags.DEFINE_string("eos_token", "<|endoftext|>", "The token that ends a response.")
 MAX_LENGTH = flags.DEFINE_integer("max_length", 512, "Tokens of prompt and response.")
 MAX_PROMPT = flags.DEFINE_integer("max_prompt_length", 256, "See truncation.")
@@ -28,21 +31,25 @@ LAYOUT = flags.DEFINE_enum("layout", "shared", LAYOUTS, "One row a pair, or two.
 
 
 def main() -> None:
-    examples, report = pairs.read_pairs(DATA.value, format=FORMAT.value, split=SPLIT.value)
-    if ROW.value >= len(examples):
-        raise InputError(f"--row {ROW.value}: {DATA.value} has {len(examples)} good rows")
+    examples, report = pairs.read_pairs(
+        DATA.value, format=FORMAT.value, split=SPLIT.value, max_bad_fraction=1.0
+    )
+    shown = examples[ROW.value : ROW.value + PACKED.value]
+    if len(shown) < PACKED.value:
+        raise InputError(f"--row {ROW.value}: {DATA.value} has only {len(examples)} good rows")
+    if TRUNCATION.value == "drop" and MAX_PROMPT.present:
+        raise InputError("--max_prompt_length: has no effect with --truncation drop")
     tokenizer = tokens.load_tokenizer(TOKENIZER.value)
     prompt = None if TRUNCATION.value == "drop" else MAX_PROMPT.value
     limits = tokens.Limits(MAX_LENGTH.value, prompt, TRUNCATION.value)
     eos = tokens.eos_id(tokenizer, EOS.value)
     with tempfile.TemporaryDirectory() as folder:
-        one = [examples[ROW.value]]
-        store = tokens.tokenize(one, tokenizer, eos=eos, limits=limits, folder=folder)
-        shape = row_shapes(store, 1, 1, LAYOUT.value)[-1]
-        batch = rows(store, [[0]], shape, layout=LAYOUT.value)
+        store = tokens.tokenize(shown, tokenizer, eos=eos, limits=limits, folder=folder)
+        shape = row_shapes(store, len(store), 1, LAYOUT.value)[-1]
+        batch = rows(store, [range(len(store))], shape, layout=LAYOUT.value)
     console = Console()
     console.print(report, highlight=False)
-    console.print(f"line {one[0].line}: {store.report}", highlight=False)
+    console.print(f"line {shown[0].line}: {store.report}", highlight=False)
     for row in range(len(batch.tokens)):
         console.print(row_table(batch, row, tokenizer))
 

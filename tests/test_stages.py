@@ -198,6 +198,11 @@ MISTAKES = {
         ),
         "rejected",
     ),
+    "no mesh axis": (dict(mesh={"data": 1, "fdsp": 1}), "mesh"),
+    "learning rate": (dict(dpo__learning_rate=-1.0), "dpo.learning_rate"),
+    "no data": (dict(dpo__data__train=""), "dpo.data.train"),
+    "later stage's mistake": (dict(dpo__loss="hinge"), "dpo.loss"),
+    "best without evaluations": (dict(sft__hand_on="best", sft__eval_every=0), "sft.hand_on"),
     "empty after filtering": (
         dict(sft__truncation="drop", sft__max_length=8, sft__max_prompt_length=None),
         "no example is left",
@@ -233,6 +238,29 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_the_rows(tmp_path):
         stages.run(config, tmp_path)
     skipped = [r["train/skipped"] for r in read_metrics(tmp_path / "sft")[1:]]
     assert skipped == sorted(skipped)
+
+
+@pytest.mark.slow
+def test_bfloat16_parameters_resume_bit_for_bit(tmp_path):
+    """Moments are float32 whatever the parameters; a restored run must not round them."""
+    config = recipe(stages=("sft",), model__param_dtype="bfloat16", model__dtype="bfloat16")
+    stages.run(config, tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stopping_after(4, Checkpoints.save))
+        with pytest.raises(KeyboardInterrupt):
+            stages.run(config, tmp_path / "broken")
+    stages.run(config, tmp_path / "broken")
+    runs = [read_metrics(tmp_path / name / "sft") for name in ("whole", "broken")]
+    assert runs[0] == runs[1]
+
+
+def stopping_after(step, save):
+    def saved(checkpoints, at, *arguments, **options):
+        save(checkpoints, at, *arguments, **options)
+        if at == step:
+            raise KeyboardInterrupt
+
+    return saved
 
 
 @pytest.mark.slow
