@@ -11,6 +11,7 @@ Data flows through the modules in this order:
     sharding     the device mesh; the table parameter -> PartitionSpec
     pythia_config  the numbers of a model: published sizes, Hugging Face's config.json
     pythia       the GPT-NeoX model: tokens -> hidden states; the unembedding
+    hf_layout    how Hugging Face names and lays out the tensors: one table
     convert      Hugging Face weights <-> parameters
     qfunction    hidden states -> log-probabilities of the scored tokens
     losses       the objectives: one number per pair

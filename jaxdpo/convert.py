@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +23,11 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxdpo import InputError
+from jaxdpo import InputError, hf_layout
 from jaxdpo.pythia import init_params
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.sharding import param_shardings
 
-# Tensor, parameter, and their axes: the torch shape, axes in brackets merged, -> ours. The
-# fused projection holds query, key and value of one head side by side, head after head.
-_LAYER = "gpt_neox.layers.{}."
-_TABLE = (
-    ("gpt_neox.embed_in.weight", "embedding", "V D -> V D"),
-    (_LAYER + "input_layernorm.weight", "layers_{}/attention_norm/scale", "D -> D"),
-    (_LAYER + "input_layernorm.bias", "layers_{}/attention_norm/bias", "D -> D"),
-    (
-        _LAYER + "attention.query_key_value.weight",
-        "layers_{}/qkv/kernel",
-        "(N 3 H) D -> D N 3 H",
-    ),
-    (_LAYER + "attention.query_key_value.bias", "layers_{}/qkv/bias", "(N 3 H) -> N 3 H"),
-    (_LAYER + "attention.dense.weight", "layers_{}/out/kernel", "D (N H) -> N H D"),
-    (_LAYER + "attention.dense.bias", "layers_{}/out/bias", "D -> D"),
-    (_LAYER + "post_attention_layernorm.weight", "layers_{}/mlp_norm/scale", "D -> D"),
-    (_LAYER + "post_attention_layernorm.bias", "layers_{}/mlp_norm/bias", "D -> D"),
-    (_LAYER + "mlp.dense_h_to_4h.weight", "layers_{}/up/kernel", "F D -> D F"),
-    (_LAYER + "mlp.dense_h_to_4h.bias", "layers_{}/up/bias", "F -> F"),
-    (_LAYER + "mlp.dense_4h_to_h.weight", "layers_{}/down/kernel", "D F -> F D"),
-    (_LAYER + "mlp.dense_4h_to_h.bias", "layers_{}/down/bias", "D -> D"),
-    ("gpt_neox.final_layer_norm.weight", "final_norm/scale", "D -> D"),
-    ("gpt_neox.final_layer_norm.bias", "final_norm/bias", "D -> D"),
-    ("embed_out.weight", "unembedding", "V D -> V D"),
-)
 # Buffers that older versions of transformers stored; they are functions of the config.
 _LEGACY = re.compile(r"(^|\.)(attention\.(masked_)?bias|rotary_emb\.inv_freq)$")
 _DTYPES = ("F32", "F16", "BF16")
@@ -193,43 +167,6 @@ def _path(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-# --- shapes ----------------------------------------------------------------------------
-
-
-def _axes(pattern: str) -> tuple[list[list[str]], list[str]]:
-    """The axes of a table entry: torch's, merged ones together, and ours.
-
-    >>> _axes("(N 3 H) D -> D N 3 H")
-    ([['N', '3', 'H'], ['D']], ['D', 'N', '3', 'H'])
-    """
-    theirs, ours = pattern.split(" -> ")
-    groups = re.findall(r"\((.*?)\)|(\w)", theirs)
-    return [(merged or single).split() for merged, single in groups], ours.split()
-
-
-def _sizes(config: PythiaConfig) -> dict[str, int]:
-    return {
-        "V": config.vocab_size,
-        "D": config.width,
-        "F": config.mlp_width,
-        "N": config.num_heads,
-        "3": 3,
-        "H": config.head_width,
-    }
-
-
-def _torch_shape(config: PythiaConfig, pattern: str) -> list[int]:
-    sizes = _sizes(config)
-    return [int(np.prod([sizes[a] for a in group])) for group in _axes(pattern)[0]]
-
-
-def _entries(config: PythiaConfig) -> Iterator[tuple[str, str, str]]:
-    """The table with every layer written out."""
-    for name, path, pattern in _TABLE:
-        for i in range(config.num_layers if "{}" in name else 1):
-            yield name.format(i), path.format(i), pattern
-
-
 # --- reading ---------------------------------------------------------------------------
 
 
@@ -271,7 +208,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _refuse_mismatch(folder: Path, config: PythiaConfig, tensors: dict[str, Any]) -> None:
-    expected = {name: _torch_shape(config, form) for name, _, form in _entries(config)}
+    expected = {
+        name: hf_layout.torch_shape(config, form) for name, _, form in hf_layout.entries(config)
+    }
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     for name, tensor in sorted(tensors.items()):
         shape, dtype = list(tensor.get_shape()), tensor.get_dtype()
@@ -294,7 +233,9 @@ def _read(
 ) -> jax.Array:
     """One parameter on the mesh; a part that several devices hold is read once."""
     stacked = path.startswith("layers/")
-    table = {ours: (name, form) for name, ours, form in [*_TABLE, *_entries(config)]}
+    table = {
+        ours: (name, form) for name, ours, form in [*hf_layout.TABLE, *hf_layout.entries(config)]
+    }
     name, form = table[path.replace("layers/", "layers_{}/")]
     parts = {}
 
@@ -306,10 +247,10 @@ def _read(
 
     def block(index: tuple[slice, ...]) -> np.ndarray:
         if not stacked:
-            return _read_block(tensors[name], form, _sizes(config), index)
+            return _read_block(tensors[name], form, hf_layout.sizes(config), index)
         layers = range(config.num_layers)[index[0]]
         sources = (tensors[name.format(i)] for i in layers)
-        return np.stack([_read_block(s, form, _sizes(config), index[1:]) for s in sources])
+        return np.stack([_read_block(s, form, hf_layout.sizes(config), index[1:]) for s in sources])
 
     return jax.make_array_from_callback(leaf.shape, sharding, part)
 
@@ -318,7 +259,7 @@ def _read_block(
     tensor: Any, pattern: str, sizes: dict[str, int], index: tuple[slice, ...]
 ) -> np.ndarray:
     """The part `index` of our form of a tensor, from the rows and columns that hold it."""
-    groups, ours = _axes(pattern)
+    groups, ours = hf_layout.axes(pattern)
     wanted = dict(zip(ours, index, strict=True))
     ranges, shape = [], []
     for first, *rest in groups:
@@ -377,20 +318,20 @@ def _write_weights(
             for file, entries in zip(files, shards, strict=True)
             for name, _, _ in entries
         }
-        total = sum(_num_bytes(config, form) for _, _, form in _entries(config))
+        total = sum(_num_bytes(config, form) for _, _, form in hf_layout.entries(config))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / _INDEX, index)
 
 
 def _num_bytes(config: PythiaConfig, pattern: str) -> int:
     itemsize = jnp.dtype(config.param_dtype).itemsize
-    return int(np.prod(_torch_shape(config, pattern))) * itemsize
+    return int(np.prod(hf_layout.torch_shape(config, pattern))) * itemsize
 
 
 def _shards(config: PythiaConfig, max_bytes: int) -> list[list[tuple[str, str, str]]]:
     """The table in runs of at most `max_bytes`; a larger tensor has a file of its own."""
     shards, room = [], 0
-    for entry in _entries(config):
+    for entry in hf_layout.entries(config):
         size = _num_bytes(config, entry[2])
         if size > room:
             shards.append([])
@@ -417,11 +358,11 @@ def _gather(leaf: jax.Array) -> np.ndarray:
 
 
 def _to_torch(config: PythiaConfig, pattern: str, leaf: np.ndarray) -> np.ndarray:
-    groups, ours = _axes(pattern)
+    groups, ours = hf_layout.axes(pattern)
     theirs = [axis for group in groups for axis in group]
     leaf = leaf.transpose([ours.index(axis) for axis in theirs])
     # safetensors writes the buffer as it lies in memory, whatever the strides.
-    return np.ascontiguousarray(leaf.reshape(_torch_shape(config, pattern)))
+    return np.ascontiguousarray(leaf.reshape(hf_layout.torch_shape(config, pattern)))
 
 
 # --- tokenizer -------------------------------------------------------------------------

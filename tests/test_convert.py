@@ -248,7 +248,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(options, named, params, tokeni
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer_json, params, tmp_path):
     config = pythia.dataclasses.replace(CONFIG, vocab_size=3)
     narrow = {name: params[name][:3] for name in ("embedding", "unembedding")}
-    with pytest.raises(InputError, match="has 4 tokens, the model only 3"):
+    with pytest.raises(InputError, match="has ids up to 3, but .* holds 3"):
         convert.save_hf(tmp_path / "m", config, params | narrow, tokenizer_from=tokenizer_json)
 
 
