@@ -11,8 +11,10 @@ Expect:    loss log 2 = 0.6931 at step 0 (the official float16 reference gives r
            not quite 0); then growing margins.
 
 Differences, each on purpose: the reference is computed once and in the policy's own dtype; the
-last, partial batch is trained on; `config.seed` shuffles; the prompt is checked on the
-rejected side too (rows that disagree are skipped and counted).
+last, partial batch is trained on; `config.seed` shuffles, pair by pair (there always seed 0, prompt
+by prompt, a prompt's pairs adjacent); the 256 evaluation pairs are the file's first (there the
+first of a shuffle); the prompt is checked on the rejected side too (rows that disagree are skipped
+and counted).
 """
 
 from ml_collections import ConfigDict

@@ -9,8 +9,11 @@ Command:   python launch/train.py --config configs/tldr_local.py --workdir runs/
            and take the paper's optimizer: --config.{sft,dpo}.optimizer=rmsprop with
            learning_rate=5e-7, warmup_steps=150 and epochs=1.
 Hardware:  two CPU cores, 4 GiB (Pythia-14m)
-Time:      PLACEHOLDER
-Expect:    PLACEHOLDER
+Time:      15 min for 756 SFT examples x 4 epochs and 779 pairs x 2, with other work on the machine
+Expect:    from scratch: SFT loss per token 11.0 -> 5.86 on held-out posts; DPO loss 0.693 -> 0.647
+           after one epoch (accuracy 0.58), then the second memorises the pairs: 0.434 in
+           training (accuracy 0.84), 0.669 held out (0.55). A 14m model that has read 756 posts
+           knows no more; the path is what this shows.
 """
 
 from ml_collections import ConfigDict
