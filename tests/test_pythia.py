@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from jaxdpo import InputError, convert, pythia, pythia_config
+from jaxdpo import InputError, convert, hf_layout, pythia, pythia_config
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.sharding import make_mesh
 
@@ -120,9 +120,9 @@ def test_logits_equal_transformers(shape, tmp_path):
 
 def split_qkv_in_blocks(monkeypatch):
     mutated = [
-        (name, path, form.replace("(N 3 H)", "(3 N H)")) for name, path, form in convert._TABLE
+        (name, path, form.replace("(N 3 H)", "(3 N H)")) for name, path, form in hf_layout.TABLE
     ]
-    monkeypatch.setattr(convert, "_TABLE", mutated)
+    monkeypatch.setattr(hf_layout, "TABLE", mutated)
     return {}
 
 
