@@ -3,11 +3,11 @@
 Source:    the task of jaxdpo/synthetic.py, which stands for Reddit TL;DR
 Command:   make quickstart
            (python launch/train.py --config configs/quickstart.py --workdir runs/quickstart)
-Hardware:  two CPU cores, 2 GiB
-Time:      three to four minutes: SFT 2, the reference pass and DPO 1.5
+Hardware:  two CPU cores, 1.5 GiB
+Time:      3 min 20 s: SFT 2 min, the reference pass and DPO 1 min 15 s
 Expect:    SFT loss per token 5.98 -> 0.48. DPO loss log 2 = 0.6931 -> 0.38 on held-out pairs,
-           accuracy 0.94 (0.90 and more over changes of the machine), margin 0.95; the implicit
-           rewards of chosen and rejected both fall, to -0.7 and -1.6, as Section 5.4 says
+           accuracy 0.94, margin 0.95; the implicit rewards of chosen and rejected both fall, to
+           -0.7 and -1.6, as Section 5.4 says
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     )
     # Knobs of synthetic.Task. A model this small learns whether a value stands in the post, but
     # hardly whose it is: with more wrong values taken from the post, accuracy falls.
-    config.synthetic.update(dict(facts=4, stated=2, distractors=2, from_post=0.1))
+    config.synthetic.update(dict(facts=4, stated=2, distractors=2, values=8, from_post=0.1))
     config.tokenizer = "{data}/tokenizer.json"
     config.model.name = "pythia-14m"
     config.model.overrides = ConfigDict(
@@ -38,12 +38,13 @@ def get_config() -> ConfigDict:
         stage.optimizer = "adamw"
         stage.final_learning_rate = 0.1
         stage.eval_every = 100
-        stage.checkpoint_every = 200
+        stage.checkpoint_every = 250
 
-    config.sft.eval_every = 200
+    config.sft.eval_every = 500
     config.sft.data.format = "completions"
-    config.sft.learning_rate = 3e-3
-    config.sft.warmup_steps = 100
+    config.sft.batch_size = 8  # many small steps: looking values up is learnt all at once
+    config.sft.learning_rate = 2e-3
+    config.sft.warmup_steps = 200
     config.dpo.data.format = "pairs"
     config.dpo.learning_rate = 5e-4
     config.dpo.warmup_steps = 20

@@ -213,7 +213,10 @@ def _train(this: Run, stage: Stage, start: Start, checkpoints: Checkpoints) -> N
         eval_step=jax.jit(lambda params, batch: stage.objective(params, batch)[2]),
         schedule=stage.schedule,
         put=functools.partial(put_batch, mesh=this.mesh),
-        settings=stage.settings,
+        source=stage.settings.data.train,
+        eval_every=stage.settings.eval_every,
+        checkpoint_every=stage.settings.checkpoint_every,
+        max_skipped_in_a_row=stage.settings.max_skipped_in_a_row,
         expected_first_loss=stage.expected_first_loss,
         noise_floor=NOISE_FLOOR[this.model.dtype],
     )

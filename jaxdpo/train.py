@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxdpo import InputError, sharding
@@ -30,7 +29,10 @@ class Loop(NamedTuple):
     eval_step: Callable[[Any, Batch], Metrics]
     schedule: Callable[[int], Any]
     put: Callable[[Batch], Batch]
-    settings: ConfigDict
+    source: str  # the training data, for people
+    eval_every: int  # steps; 0: at the start and the end only
+    checkpoint_every: int
+    max_skipped_in_a_row: int
     expected_first_loss: float | None  # a preference loss where policy is reference
     noise_floor: float  # how far rounding alone can move it
 
@@ -65,7 +67,7 @@ def train_loop(
     A step's metrics are fetched while the next one runs. Before a checkpoint they are
     written to disk, so that a resumed run finds the lines of all steps before it.
     """
-    settings, total = loop.settings, len(batches["train"])
+    total = len(batches["train"])
     # Steps in flight on fake devices can starve each other.
     block = jax.default_backend() == "cpu" and jax.device_count() > 1
     with (
@@ -80,7 +82,7 @@ def train_loop(
         def finish(step: int, metrics: Metrics, evaluated: dict) -> None:
             record = _record(loop, step, metrics, evaluated, batches["train"])
             writer.write(record)
-            done = (step - start) * settings.batch_size
+            done = (step - start) * batches["train"].batch_size
             line.update(step, pairs=done, loss=record["train/loss"])
 
         pending = None
@@ -92,10 +94,10 @@ def train_loop(
             if pending:
                 finish(*pending)
             last = step == total
-            due = last or (settings.eval_every and step % settings.eval_every == 0)
+            due = last or (loop.eval_every and step % loop.eval_every == 0)
             evaluated = evaluate(loop, state.params, batches["eval"]) if due else {}
             pending = (step, metrics, evaluated)
-            if last or step % settings.checkpoint_every == 0:
+            if last or step % loop.checkpoint_every == 0:
                 finish(*pending)
                 pending = None
                 writer.flush()
@@ -106,7 +108,7 @@ def _record(loop: Loop, step: int, metrics: Metrics, evaluated: dict, batches: B
     """A step's line for `metrics.jsonl`; stops the run if too many in a row were skipped."""
     values = means(jax.device_get(metrics))
     in_a_row, skipped = int(values.pop("skipped_in_a_row")), int(values["skipped"])
-    if in_a_row >= loop.settings.max_skipped_in_a_row:
+    if in_a_row >= loop.max_skipped_in_a_row:
         lines = [
             str(int(line))
             for at in range(step - in_a_row, step)
@@ -115,7 +117,7 @@ def _record(loop: Loop, step: int, metrics: Metrics, evaluated: dict, batches: B
         raise InputError(
             f"{loop.name}: the loss or gradient was not finite at {in_a_row} steps in a row, up "
             f"to step {step}; lower the learning rate, or look at lines {', '.join(lines)} of "
-            f"{loop.settings.data.train}"
+            f"{loop.source}"
         )
     updates_before = step - 1 - (skipped - (in_a_row > 0))
     values["learning_rate"] = float(loop.schedule(updates_before))
