@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     config.sft.learning_rate = 2e-3
     config.sft.warmup_steps = 200
     config.dpo.data.format = "pairs"
-    config.dpo.learning_rate = 5e-4
+    config.dpo.learning_rate = 5e-5  # at 5e-4 accuracy is the same and the text falls apart
     config.dpo.warmup_steps = 20
     config.dpo.beta = 0.1
     return config
