@@ -18,7 +18,7 @@ from jaxdpo import recipe
 def get_config() -> ConfigDict:
     config = recipe.blank()
     config.synthetic = ConfigDict(
-        dict(seed=0, sft_train=20_000, sft_test=500, pairs_train=8_000, pairs_test=500)
+        dict(seed=0, sft_train=24_000, sft_test=500, pairs_train=8_000, pairs_test=500)
     )
     # Knobs of synthetic.Task. A model this small learns whether a value stands in the post, but
     # hardly whose it is: with more wrong values taken from the post, accuracy falls.
