@@ -16,8 +16,8 @@ Expect:    loss log 2 = 0.6931 at step 0; then margins grow while the implicit r
            chosen and rejected fall (Section 5.4). No value of ours to compare with yet.
 
 "official" truncation cuts a prompt that does not fit to its first 256 tokens, which loses the
-closing "TL;DR:"; that is what the official code does outside HH. About 3% of the posts are
-that long; `--config.dpo.truncation=keep_end` keeps the closing words instead.
+closing "TL;DR:"; that is what the official code does outside HH. It meets 7% of SFT examples and 9%
+of pairs in a sample of the data; `--config.dpo.truncation=keep_end` keeps the closing words.
 """
 
 from ml_collections import ConfigDict
