@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 # Read by XLA when the backend starts. Fake CPU devices starve each other in a thread pool that
-# is no larger than the machine's cores; a single device is a third slower in a larger one.
+# is no larger than the machine's cores; a single device takes 1.4 times as long in a larger one.
 if fake := re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")):
     os.environ.setdefault("NPROC", str(4 * int(fake[1])))
 
