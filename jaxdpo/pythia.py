@@ -47,15 +47,18 @@ class _Layer(nn.Module):
         self.down = linear(c.width, kernel_init=to_residual)
 
     def __call__(self, x, mask, cos, sin):
-        attended = x + self.attention(self.attention_norm(x), mask, cos, sin)
+        q, k, v = self.queries_keys_values(x, cos, sin)
+        return self.after_attention(x, jax.nn.dot_product_attention(q, k, v, mask=mask)), None
+
+    def queries_keys_values(self, x, cos, sin):
+        q, k, v = jnp.moveaxis(self.qkv(self.attention_norm(x)), -2, 0)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def after_attention(self, x, mixed):
+        attended = x + self.out(mixed)
         mlp_input = x if self.config.parallel_residual else attended
         x = attended + self.mlp(self.mlp_norm(mlp_input))
-        return _constrain(x, P(("data", "fsdp"))), None
-
-    def attention(self, x, mask, cos, sin):
-        q, k, v = jnp.moveaxis(self.qkv(x), -2, 0)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.out(jax.nn.dot_product_attention(q, k, v, mask=mask))
+        return _constrain(x, P(("data", "fsdp")))
 
     def mlp(self, x):
         return self.down(jax.nn.gelu(self.up(x), approximate=False))
@@ -102,13 +105,16 @@ class Pythia(nn.Module):
         c = self.config
         mask = attention_mask(segment_ids, branch_ids)[:, None]
         cos, sin = rotary_angles(positions, c.rotary_width, c.rotary_base)
-        # The looked-up rows are cast, not the table, whose gradient sums over tokens.
-        table = _constrain(self.embedding, P("tensor"))
-        x = jnp.take(table, tokens, axis=0, mode="fill").astype(c.dtype)
-        x = _constrain(x, P(("data", "fsdp")))
+        x = self.embed(tokens)
         for layer in [self.layers] if c.scan_layers else self.layers:
             x, _ = layer(x, mask, cos, sin)
         return self.final_norm(x)
+
+    def embed(self, tokens):
+        # The looked-up rows are cast, not the table, whose gradient sums over tokens.
+        table = _constrain(self.embedding, P("tensor"))
+        x = jnp.take(table, tokens, axis=0, mode="fill").astype(self.config.dtype)
+        return _constrain(x, P(("data", "fsdp")))
 
 
 def attention_mask(
@@ -140,7 +146,7 @@ def rotary_angles(
 
 
 def rotate(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 R"], sin: Float[Array, "B T 1 R"]
+    x: Float[Array, "B T N H"], cos: Float[Array, "#B #T 1 R"], sin: Float[Array, "#B #T 1 R"]
 ) -> Float[Array, "B T N H"]:
     """Rotate the pairs (i, R + i), i < R, of each head by their angles, in float32."""
     half = cos.shape[-1]
@@ -151,8 +157,9 @@ def rotate(
 
 def _constrain(x: Float[Array, "..."], spec: P) -> Float[Array, "..."]:
     # Left alone, XLA splits the residual stream by width, as the matrices are split, and
-    # sums over `fsdp` at every product. Without a mesh in context there is none to obey.
-    if {"data", "fsdp", "tensor"} <= set(jax.sharding.get_abstract_mesh().axis_names):
+    # sums over `fsdp` at every product. Without a mesh in context there is none to obey, nor
+    # where rows are split by hand (`shard_map`).
+    if {"data", "fsdp", "tensor"} <= set(jax.sharding.get_abstract_mesh().auto_axes):
         return jax.lax.with_sharding_constraint(x, spec)
     return x
 

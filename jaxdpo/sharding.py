@@ -85,6 +85,20 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(params))
 
 
+def decoding_shardings(params: Any, mesh: Mesh) -> Any:
+    """As `param_shardings`, but whole over `fsdp`: one token is too little work to gather for.
+
+    >>> mesh = make_mesh(devices=jax.devices()[:1])
+    >>> decoding_shardings({"embedding": jax.ShapeDtypeStruct((8, 4), "float32")}, mesh)[
+    ...     "embedding"
+    ... ].spec
+    P('tensor', None)
+    """
+    keep = lambda axis: axis if axis == "tensor" else None
+    whole = lambda spec: NamedSharding(mesh, P(*(keep(axis) for axis in spec)))
+    return jax.tree.map(whole, param_specs(params))
+
+
 def check_divisible(
     mesh: Mesh,
     *,

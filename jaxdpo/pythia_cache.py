@@ -1,0 +1,193 @@
+"""The model one token at a time: a prompt is run once, then K beams grow out of it.
+
+Every key and value is stored once, as a node of a pool, where it stays: a beam is a row that
+says which nodes are its ancestors, and choosing beams anew moves these rows of booleans and
+nothing else. The prompt's nodes serve all beams. Left out: what is chosen (`decoding`).
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxdpo import sharding
+from jaxdpo.pythia import Pythia, attention_mask, rotary_angles, unembed, unstack_layers
+from jaxdpo.pythia_config import PythiaConfig
+
+
+class Pool(NamedTuple):
+    """Keys and values of R nodes for each of B prompts, one array per layer.
+
+    Heads stand outside and nodes where the products read them: any other order makes XLA
+    copy the pool at every step. Which node stands where says nothing: the rotary position
+    went into the key when it was written.
+    """
+
+    keys: tuple[Float[Array, "B N H R"], ...]
+    values: tuple[Float[Array, "B N R H"], ...]
+    visible: Bool[Array, "B K R"]  # the nodes that are a beam's prompt or its own tokens
+    positions: Int[Array, " B"]  # of the next token
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedPythia:
+    """The model as decoding sees it: `prefill`, then `extend` and `reorder` in turns.
+
+    It is static: equal configurations share compiled programs. Parameters are those that
+    `decoding_params` returns. `room` is the number of free nodes at the end of the pool.
+
+    >>> config = PythiaConfig(vocab_size=7, num_layers=1, num_heads=1, width=8, mlp_width=8)
+    >>> from jaxdpo.pythia import init_params
+    >>> model, params = CachedPythia(config), init_params(config, jax.random.key(0))
+    >>> prompt, length = jnp.array([[3, 1, 0]]), jnp.array([2])  # right-padded
+    >>> logits, pool = model.prefill(params, prompt, length, num_beams=2, room=4)
+    >>> logits.shape, pool.keys[0].shape
+    ((1, 7), (1, 1, 8, 7))
+    >>> logits, pool = model.extend(params, pool, jnp.array([[5, 6]]), room=4)
+    >>> logits.shape
+    (1, 2, 7)
+    """
+
+    config: PythiaConfig
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        return self.config.max_positions
+
+    def prefill(
+        self,
+        params: dict[str, Any],
+        tokens: Int[Array, "B P"],
+        lengths: Int[Array, " B"],
+        *,
+        num_beams: int,
+        room: int,
+    ) -> tuple[Float[Array, "B V"], Pool]:
+        """Logits after each prompt, in float32, and the pool that holds it.
+
+        Prompts are padded on the right, so that neither a position nor a mask depends on
+        the other prompts of the batch.
+        """
+        model, (rows, width) = self._bound(params), tokens.shape
+        at = jnp.arange(width)[None]
+        real = at < lengths[:, None]
+        mask = attention_mask(real.astype(jnp.int32), jnp.zeros_like(tokens))[:, None]
+        angles = rotary_angles(at, self.config.rotary_width, self.config.rotary_base)
+        x, keys, values = model.embed(tokens), [], []
+        for layer in model.layers:
+            q, k, v = layer.queries_keys_values(x, *angles)
+            x = layer.after_attention(x, jax.nn.dot_product_attention(q, k, v, mask=mask))
+            keys.append(jnp.pad(jnp.moveaxis(k, 1, 3), [(0, 0)] * 3 + [(0, room)]))
+            values.append(jnp.pad(jnp.moveaxis(v, 1, 2), [(0, 0)] * 2 + [(0, room), (0, 0)]))
+        visible = jnp.pad(real, [(0, 0), (0, room)])[:, None]
+        visible = jnp.broadcast_to(visible, (rows, num_beams, width + room))
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        logits = unembed(model.final_norm(last), params["unembedding"])
+        return logits, Pool(tuple(keys), tuple(values), visible, lengths)
+
+    def extend(
+        self, params: dict[str, Any], pool: Pool, tokens: Int[Array, "B K"], *, room: Any
+    ) -> tuple[Float[Array, "B K V"], Pool]:
+        """Logits after one more token of every beam, in float32, and the grown pool.
+
+        The K new nodes take the first K of the `room` free ones.
+        """
+        model, (_, num_beams) = self._bound(params), tokens.shape
+        first = pool.visible.shape[-1] - jnp.asarray(room, jnp.int32)
+        own = jnp.broadcast_to(
+            jnp.eye(num_beams, dtype=bool), pool.visible.shape[:2] + (num_beams,)
+        )
+        visible = _written(pool.visible, own, first, axis=2)
+        angles = rotary_angles(
+            pool.positions[:, None], self.config.rotary_width, self.config.rotary_base
+        )
+        x, keys, values = model.embed(tokens), [], []
+        for layer, k_old, v_old in zip(model.layers, pool.keys, pool.values, strict=True):
+            q, k, v = layer.queries_keys_values(x, *angles)
+            keys.append(_written(k_old, jnp.moveaxis(k, 1, 3), first, axis=3))
+            values.append(_written(v_old, jnp.moveaxis(v, 1, 2), first, axis=2))
+            x = layer.after_attention(x, _attended(q, keys[-1], values[-1], visible))
+        logits = unembed(model.final_norm(x), params["unembedding"])
+        return logits, Pool(tuple(keys), tuple(values), visible, pool.positions + 1)
+
+    def reorder(self, pool: Pool, parents: Int[Array, "B K"]) -> Pool:
+        """Beam k goes on from where beam `parents[k]` was."""
+        return pool._replace(visible=jnp.take_along_axis(pool.visible, parents[..., None], axis=1))
+
+    def num_nodes(self, pool: Pool) -> Int[Array, " B"]:
+        """How many nodes of each prompt any beam still goes through."""
+        return pool.visible.any(axis=1).sum(axis=-1, dtype=jnp.int32)
+
+    def compact(self, pool: Pool, prompts: Int[Array, " C"], *, num_nodes: int, room: int) -> Pool:
+        """The pool of these prompts alone, without the nodes that no beam goes through.
+
+        `num_nodes` must be at least what `num_nodes(pool)` says of each of them.
+        """
+        visible = pool.visible[prompts]
+        dead = ~visible.any(axis=1)
+        nodes = jnp.argsort(dead, axis=-1, stable=True)[:, :num_nodes]
+        short = num_nodes - nodes.shape[1] + room  # the pool may also grow
+        keys = tuple(_taken(k[prompts], nodes, short, axis=3) for k in pool.keys)
+        values = tuple(_taken(v[prompts], nodes, short, axis=2) for v in pool.values)
+        visible = _taken(visible, nodes, short, axis=2)
+        return Pool(keys, values, visible, pool.positions[prompts])
+
+    def _bound(self, params: dict[str, Any]) -> Pythia:
+        return Pythia(self.config).bind({"params": params})
+
+
+def _written(whole: Array, part: Array, first: Array, *, axis: int) -> Array:
+    starts = [jnp.zeros((), jnp.int32)] * whole.ndim
+    starts[axis] = first
+    return jax.lax.dynamic_update_slice(whole, part.astype(whole.dtype), tuple(starts))
+
+
+def _taken(whole: Array, nodes: Int[Array, "C M"], room: int, *, axis: int) -> Array:
+    nodes = jnp.expand_dims(nodes, [i for i in range(1, whole.ndim) if i != axis])
+    padding = [(0, room if i == axis else 0) for i in range(whole.ndim)]
+    return jnp.pad(jnp.take_along_axis(whole, nodes, axis=axis), padding)
+
+
+def _attended(
+    q: Float[Array, "B K N H"],
+    keys: Float[Array, "B N H R"],
+    values: Float[Array, "B N R H"],
+    visible: Bool[Array, "B K R"],
+) -> Float[Array, "B K N H"]:
+    """Attention of every beam to its ancestors among the nodes; softmax in float32.
+
+    A dense product with all nodes, those of other beams masked: K times the arithmetic of
+    gathered rows and none of their traffic.
+    """
+    scores = jnp.einsum("bknh,bnhr->bnkr", q, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None], scores / math.sqrt(q.shape[-1]), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bnkr,bnrh->bknh", weights, values)
+
+
+def decoding_params(
+    config: PythiaConfig, params: dict[str, Any], mesh: Mesh | None = None
+) -> tuple[CachedPythia, dict[str, Any]]:
+    """The model and its parameters as decoding wants them: unstacked, cast, resharded, once.
+
+    Layers are unrolled, because a scan over them copies each layer's part of the pool at
+    every step. Parameters are cast to `config.dtype`, split over the mesh's `tensor` axis and
+    repeated over the others: gathering them over `fsdp` would cost their size every token.
+    """
+    config = dataclasses.replace(config, scan_layers=False, param_dtype=config.dtype, remat="none")
+
+    def converted(params):
+        params = unstack_layers(params) if "layers" in params else params
+        return jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
+
+    shapes = jax.eval_shape(converted, params)
+    shardings = sharding.decoding_shardings(shapes, mesh) if mesh else None
+    return CachedPythia(config), jax.jit(converted, out_shardings=shardings)(params)
