@@ -49,4 +49,6 @@ def get_config() -> ConfigDict:
     config.dpo.learning_rate = 5e-5  # at 5e-4 accuracy is the same and the text falls apart
     config.dpo.warmup_steps = 20
     config.dpo.beta = 0.1
+    config.dpo.samples = 2  # before the first update it is SFT that speaks
+    config.dpo.sample_tokens = 32
     return config

@@ -21,7 +21,14 @@ Data flows through the modules in this order:
     recipe       what a configuration asks for, checked
     stages       a run: its stages in order, their data, where each one starts
     checkpoint   Orbax: save, resume, load parameters
+    records      JSON on disk that a kill cannot spoil: whole files, logs of lines
     metrics      metrics.jsonl, TensorBoard, progress
+    samples      what the model says while it trains
+    runs         what a run's folder holds: a stage's model, and its export
+    language_models  a model by its name: a folder, a hub name, a stage of a run
+    prompts      where prompts come from: typed, a file, a data set
+    completions  prompts as text -> completions as text: models, products, methods
+    transcript   completions in a file, gone on with after a kill
     analysis     figures and tables
 
 Axes in shapes: B rows, T positions, S scored positions, G groups of rows, P pairs to a

@@ -147,6 +147,23 @@ def tokenizer_path(source: str | Path) -> Path:
     return path
 
 
+def eos_ids(folder: str | Path) -> tuple[int, ...]:
+    """The ids that end a text, as `transformers` takes them from a checkpoint's folder.
+
+    generation_config.json has the first word, config.json the second; `InputError` where
+    neither names any.
+    """
+    for name in ("generation_config.json", "config.json"):
+        found = _json(Path(folder) / name) if (Path(folder) / name).is_file() else {}
+        ids = found.get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        if ids and all(type(token) is int for token in ids):
+            return tuple(ids)
+    raise InputError(
+        f"{folder}: neither generation_config.json nor config.json has an eos_token_id; add one"
+    )
+
+
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: missing; the folder must hold a Hugging Face checkpoint")

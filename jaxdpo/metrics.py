@@ -4,7 +4,6 @@
 lines past it. Left out: figures (`analysis.report`).
 """
 
-import json
 import math
 import os
 import time
@@ -14,20 +13,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from jaxdpo import records
+
 LINE_EVERY_SECONDS = 10.0  # where the output is no terminal
 Record = dict[str, int | float | None]
+
+console = Console(stderr=True, soft_wrap=True, highlight=False)
+"""Where people read what goes on; what they asked for goes to the standard output."""
 
 
 def read_metrics(folder: str | Path) -> list[Record]:
     """The records of a stage in order; a line cut short by a kill is left out."""
-    file = Path(folder) / "metrics.jsonl"
-    records = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:  # only the last line can be: the writer was killed
-            break
-    return records
+    return records.read_log(Path(folder) / "metrics.jsonl")
 
 
 class MetricsWriter:
@@ -40,18 +37,15 @@ class MetricsWriter:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "metrics.jsonl"
-        old = [] if after is None else [r for r in read_metrics(folder) if r["step"] <= after]
-        writing = folder / "metrics.jsonl.writing"
-        writing.write_text("".join(json.dumps(record) + "\n" for record in old))
-        os.replace(writing, file)
-        self._file = open(file, "a")
+        records.cut_log(file, lambda record: after is not None and record["step"] <= after)
+        self._file = open(file, "a", encoding="utf-8")
         purge = 0 if after is None else after + 1
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def write(self, record: Record) -> None:
         """One line; a value that is not finite is written as null."""
         finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(records.line(finite))
         for name, value in record.items():
             if name != "step":
                 self._board.add_scalar(name, value, record["step"])
@@ -73,13 +67,21 @@ class MetricsWriter:
 class ProgressLine:
     """A bar with rate, loss and time left; a line every few seconds without a terminal.
 
-    `update(done, pairs=..., **values)` says how many steps are done and how many pairs
-    they held; used as a context manager.
+    `update(done, seen=..., **values)` says how many steps are done and how many pairs, or
+    what else is counted as `unit`, they held; used as a context manager.
     """
 
-    def __init__(self, label: str, total: int, *, start: int = 0, console: Console | None = None):
-        self.label, self.total, self.start = label, total, start
-        self.console = console or Console()
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        *,
+        start: int = 0,
+        unit: str = "pairs",
+        console: Console = console,
+    ):
+        self.label, self.total, self.start, self.unit = label, total, start, unit
+        self.console = console
         self.began = self.spoke = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -99,11 +101,11 @@ class ProgressLine:
     def __exit__(self, *_) -> None:
         self._bar.stop()
 
-    def update(self, done: int, *, pairs: int, **values: float) -> None:
-        """Show that `done` steps are over, `pairs` of them since the start of this line."""
+    def update(self, done: int, *, seen: int, **values: float) -> None:
+        """Show that `done` steps are over, with `seen` units since the start of this line."""
         now = time.monotonic()
-        rate = pairs / max(now - self.began, 1e-9)
-        shown = "  ".join([f"{rate:.1f} pairs/s"] + [f"{k} {v:.4f}" for k, v in values.items()])
+        rate = f"{seen / max(now - self.began, 1e-9):.1f} {self.unit}/s"
+        shown = "  ".join([rate] + [f"{k} {v:.4f}" for k, v in values.items()])
         self._bar.update(self._task, completed=done, values=shown)
         if not self.console.is_terminal and (
             now - self.spoke > LINE_EVERY_SECONDS or done == self.total

@@ -6,6 +6,7 @@ nothing else. The prompt's nodes serve all beams. Left out: what is chosen (`dec
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -22,13 +23,13 @@ from jaxdpo.pythia_config import PythiaConfig
 class Pool(NamedTuple):
     """Keys and values of R nodes for each of B prompts, one array per layer.
 
-    Heads stand outside and nodes where the products read them: any other order makes XLA
-    copy the pool at every step. Which node stands where says nothing: the rotary position
-    went into the key when it was written.
+    Each of the BN heads of prompts is a matrix, which is how the products read them: in any
+    other order, or with a batch axis of its own, XLA copies the pool at every step. Which node
+    stands where says nothing: the rotary position went into the key when it was written.
     """
 
-    keys: tuple[Float[Array, "B N H R"], ...]
-    values: tuple[Float[Array, "B N R H"], ...]
+    keys: tuple[Float[Array, "BN H R"], ...]
+    values: tuple[Float[Array, "BN R H"], ...]
     visible: Bool[Array, "B K R"]  # the nodes that are a beam's prompt or its own tokens
     positions: Int[Array, " B"]  # of the next token
 
@@ -46,7 +47,7 @@ class CachedPythia:
     >>> prompt, length = jnp.array([[3, 1, 0]]), jnp.array([2])  # right-padded
     >>> logits, pool = model.prefill(params, prompt, length, num_beams=2, room=4)
     >>> logits.shape, pool.keys[0].shape
-    ((1, 7), (1, 1, 8, 7))
+    ((1, 7), (1, 8, 7))
     >>> logits, pool = model.extend(params, pool, jnp.array([[5, 6]]), room=4)
     >>> logits.shape
     (1, 2, 7)
@@ -85,8 +86,8 @@ class CachedPythia:
         for layer in model.layers:
             q, k, v = layer.queries_keys_values(x, *angles)
             x = layer.after_attention(x, jax.nn.dot_product_attention(q, k, v, mask=mask))
-            keys.append(jnp.pad(jnp.moveaxis(k, 1, 3), [(0, 0)] * 3 + [(0, room)]))
-            values.append(jnp.pad(jnp.moveaxis(v, 1, 2), [(0, 0)] * 2 + [(0, room), (0, 0)]))
+            keys.append(jnp.pad(_as_keys(k), [(0, 0), (0, 0), (0, room)]))
+            values.append(jnp.pad(_as_rows(v), [(0, 0), (0, room), (0, 0)]))
         visible = jnp.pad(real, [(0, 0), (0, room)])[:, None]
         visible = jnp.broadcast_to(visible, (rows, num_beams, width + room))
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -112,8 +113,8 @@ class CachedPythia:
         x, keys, values = model.embed(tokens), [], []
         for layer, k_old, v_old in zip(model.layers, pool.keys, pool.values, strict=True):
             q, k, v = layer.queries_keys_values(x, *angles)
-            keys.append(_written(k_old, jnp.moveaxis(k, 1, 3), first, axis=3))
-            values.append(_written(v_old, jnp.moveaxis(v, 1, 2), first, axis=2))
+            keys.append(_written(k_old, _as_keys(k), first, axis=2))
+            values.append(_written(v_old, _as_rows(v), first, axis=1))
             x = layer.after_attention(x, _attended(q, keys[-1], values[-1], visible))
         logits = unembed(model.final_norm(x), params["unembedding"])
         return logits, Pool(tuple(keys), tuple(values), visible, pool.positions + 1)
@@ -134,11 +135,22 @@ class CachedPythia:
         visible = pool.visible[prompts]
         dead = ~visible.any(axis=1)
         nodes = jnp.argsort(dead, axis=-1, stable=True)[:, :num_nodes]
-        short = num_nodes - nodes.shape[1] + room  # the pool may also grow
-        keys = tuple(_taken(k[prompts], nodes, short, axis=3) for k in pool.keys)
-        values = tuple(_taken(v[prompts], nodes, short, axis=2) for v in pool.values)
-        visible = _taken(visible, nodes, short, axis=2)
-        return Pool(keys, values, visible, pool.positions[prompts])
+        room += num_nodes - nodes.shape[1]  # the pool may also grow
+
+        def taken(whole, axis):
+            whole = whole.reshape(len(pool.positions), -1, *whole.shape[1:])[prompts]
+            index = nodes[:, None, None] if axis == 3 else nodes[:, None, :, None]
+            whole = jnp.take_along_axis(whole, index, axis=axis)
+            whole = jnp.pad(whole, [(0, room if i == axis else 0) for i in range(4)])
+            return whole.reshape(-1, *whole.shape[2:])
+
+        visible = jnp.take_along_axis(visible, nodes[:, None], axis=2)
+        return Pool(
+            tuple(taken(k, 3) for k in pool.keys),
+            tuple(taken(v, 2) for v in pool.values),
+            jnp.pad(visible, [(0, 0), (0, 0), (0, room)]),
+            pool.positions[prompts],
+        )
 
     def _bound(self, params: dict[str, Any]) -> Pythia:
         return Pythia(self.config).bind({"params": params})
@@ -150,16 +162,18 @@ def _written(whole: Array, part: Array, first: Array, *, axis: int) -> Array:
     return jax.lax.dynamic_update_slice(whole, part.astype(whole.dtype), tuple(starts))
 
 
-def _taken(whole: Array, nodes: Int[Array, "C M"], room: int, *, axis: int) -> Array:
-    nodes = jnp.expand_dims(nodes, [i for i in range(1, whole.ndim) if i != axis])
-    padding = [(0, room if i == axis else 0) for i in range(whole.ndim)]
-    return jnp.pad(jnp.take_along_axis(whole, nodes, axis=axis), padding)
+def _as_rows(x: Float[Array, "B T N H"]) -> Float[Array, "BN T H"]:
+    return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _as_keys(x: Float[Array, "B T N H"]) -> Float[Array, "BN H T"]:
+    return jnp.moveaxis(x, 1, 3).reshape(-1, x.shape[3], x.shape[1])
 
 
 def _attended(
     q: Float[Array, "B K N H"],
-    keys: Float[Array, "B N H R"],
-    values: Float[Array, "B N R H"],
+    keys: Float[Array, "BN H R"],
+    values: Float[Array, "BN R H"],
     visible: Bool[Array, "B K R"],
 ) -> Float[Array, "B K N H"]:
     """Attention of every beam to its ancestors among the nodes; softmax in float32.
@@ -167,10 +181,18 @@ def _attended(
     A dense product with all nodes, those of other beams masked: K times the arithmetic of
     gathered rows and none of their traffic.
     """
-    scores = jnp.einsum("bknh,bnhr->bnkr", q, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None], scores / math.sqrt(q.shape[-1]), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bnkr,bnrh->bknh", weights, values)
+    rows, _, heads, width = q.shape
+    q = _as_rows(q) / math.sqrt(width)
+    scores = jnp.einsum("xkh,xhr->xkr", q, keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(rows, heads, *visible.shape[1:])
+    scores = jnp.where(visible[:, None], scores, -jnp.inf)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    # Normalised after the product, which is H numbers wide and not R. Left to itself, XLA on
+    # a CPU would also multiply in the order that saves the transposition, four times as slow.
+    flat = weights.reshape(-1, *weights.shape[2:]).astype(values.dtype)
+    mixed = jnp.einsum("xkr,xrh->xkh", flat, values).reshape(*weights.shape[:3], width)
+    mixed = mixed / weights.sum(axis=-1, keepdims=True).astype(values.dtype)
+    return jnp.moveaxis(mixed, 1, 2)
 
 
 def decoding_params(
@@ -183,11 +205,13 @@ def decoding_params(
     repeated over the others: gathering them over `fsdp` would cost their size every token.
     """
     config = dataclasses.replace(config, scan_layers=False, param_dtype=config.dtype, remat="none")
+    return CachedPythia(config), _converted(params, config.dtype, mesh)
 
-    def converted(params):
-        params = unstack_layers(params) if "layers" in params else params
-        return jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
 
-    shapes = jax.eval_shape(converted, params)
-    shardings = sharding.decoding_shardings(shapes, mesh) if mesh else None
-    return CachedPythia(config), jax.jit(converted, out_shardings=shardings)(params)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _converted(params: dict[str, Any], dtype: str, mesh: Mesh | None) -> dict[str, Any]:
+    params = unstack_layers(params) if "layers" in params else params
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    if mesh is None:
+        return params
+    return jax.lax.with_sharding_constraint(params, sharding.decoding_shardings(params, mesh))

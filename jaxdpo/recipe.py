@@ -8,20 +8,18 @@ reading data and running stages (`stages`).
 import functools
 import json
 import math
-import os
 import platform
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_dict
 
-from jaxdpo import InputError, convert, losses, pythia, sharding
+from jaxdpo import InputError, convert, losses, pythia, records, sharding
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.step import Objective, decayed, preference_objective, rmsprop, sft_objective, warmup
 
@@ -31,7 +29,8 @@ RANGES = {
     **dict.fromkeys(("batch_size", "eval_batch_size", "micro_batches", "epochs"), (1, HUGE)),
     **dict.fromkeys(("pairs_per_row", "num_buckets", "max_skipped_in_a_row"), (1, HUGE)),
     **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "max_length"), (1, HUGE)),
-    **dict.fromkeys(("eval_every", "warmup_steps", "weight_decay"), (0, HUGE)),
+    "sample_tokens": (1, HUGE),
+    **dict.fromkeys(("eval_every", "warmup_steps", "weight_decay", "samples"), (0, HUGE)),
     **dict.fromkeys(("learning_rate", "max_grad_norm", "beta"), (TINY, HUGE)),
     "final_learning_rate": (0, 1),
     "label_smoothing": (0, 0.5),
@@ -103,6 +102,8 @@ def _blank_stage() -> ConfigDict:
     stage.max_grad_norm = 10.0
     stage.max_skipped_in_a_row = 5  # steps that are not finite before the run stops
     stage.eval_every = 312  # steps; 0: at the start and the end only
+    stage.samples = 0  # at each evaluation, decode greedily from so many of its prompts
+    stage.sample_tokens = 64  # at most; meanwhile each device holds the whole model
     stage.checkpoint_every = 312
     stage.keep_checkpoints = 2  # the latest ones, beside the best
     stage.hand_on = "last"  # or "best": the checkpoint that the next stage starts from
@@ -164,38 +165,22 @@ def claim(config: ConfigDict, workdir: Path) -> None:
     if file.exists() and begun(workdir):
         found = json.loads(file.read_text())
         before, now = ({k: v for k, v in c.items() if k not in free} for c in (found, wanted))
-        differ = sorted(_flat(before).items() ^ _flat(now).items())
-        if differ:
-            keys = ", ".join(sorted({key for key, _ in differ}))
+        if differ := records.differing(before, now):
             raise InputError(
-                f"{workdir}: belongs to another configuration; these keys differ: {keys}. "
+                f"{workdir}: belongs to another configuration; these keys differ: "
+                f"{', '.join(differ)}. "
                 "Choose another --workdir, or set them back"
             )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(file, wanted)
+        records.write_json(file, wanted)
     except OSError as error:
         raise InputError(f"--workdir {workdir}: cannot be written to ({error.strerror})") from error
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers")
     versions = {name: version(name) for name in packages}
     devices = {"devices": jax.device_count(), "kind": jax.devices()[0].device_kind}
     system = {"python": sys.version.split()[0], "platform": platform.platform()}
-    write_json(workdir / "versions.json", versions | system | devices)
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
-    flat = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: json.dumps(value)}
-    return flat
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write a whole file or none: a reader never sees half of it."""
-    writing = file.with_name(file.name + ".writing")
-    writing.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(writing, file)
+    records.write_json(workdir / "versions.json", versions | system | devices)
 
 
 def path_of(text: str, config: ConfigDict, workdir: Path) -> str:

@@ -21,12 +21,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from jaxdpo import InputError, convert, pairs, pythia, recipe, reference, sharding, synthetic
+from jaxdpo import InputError, pairs, recipe, reference, runs, sharding, synthetic
 from jaxdpo.analysis import report
 from jaxdpo.batching import Batches
 from jaxdpo.checkpoint import Checkpoints, abstract
-from jaxdpo.metrics import ProgressLine, read_metrics
+from jaxdpo.decoding import Constraints
+from jaxdpo.metrics import ProgressLine, console, read_metrics
 from jaxdpo.pythia_config import PythiaConfig
+from jaxdpo.records import write_json
+from jaxdpo.samples import Samples, first_prompts
 from jaxdpo.step import (
     Objective,
     initial_state,
@@ -34,8 +37,16 @@ from jaxdpo.step import (
     state_shardings,
     token_logps,
 )
-from jaxdpo.tokens import Limits, TokenStore, eos_id, load_tokenizer, tokenize
-from jaxdpo.train import Loop, console, put_batch, train_loop
+from jaxdpo.tokens import (
+    Limits,
+    TokenStore,
+    check_vocabulary,
+    eos_id,
+    load_tokenizer,
+    num_tokens,
+    tokenize,
+)
+from jaxdpo.train import Loop, put_batch, train_loop
 
 # How far rounding alone can move a loss that must be log 2 at the first step.
 NOISE_FLOOR = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
@@ -63,6 +74,7 @@ class Stage(NamedTuple):
     schedule: optax.Schedule
     objective: Objective
     expected_first_loss: float | None
+    samples: Samples | None
 
 
 class Start(NamedTuple):
@@ -88,12 +100,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     tokenizer = load_tokenizer(tokenizer_file)
     mesh = sharding.make_mesh(**config.mesh)
     model, load_params = recipe.model(config, workdir, mesh)
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= model.vocab_size:
-        raise InputError(
-            f"tokenizer: {tokenizer_file} has ids up to {highest}, but the model's vocabulary "
-            f"holds {model.vocab_size}; use the tokenizer the model was made with"
-        )
+    check_vocabulary(tokenizer, model.vocab_size, tokenizer_file)
     this = Run(config, workdir, mesh, tokenizer, model)
     # All stages are made ready first: a mistake in the last one must not cost the others.
     todo = [name for name in config.stages if not (workdir / name / "done.json").exists()]
@@ -118,27 +125,6 @@ def _write_synthetic(config: ConfigDict, workdir: Path) -> None:
     synthetic.write(workdir / "data", task, **sizes)
 
 
-def export(workdir: str | Path, stage: str, to: str | Path, *, which: str = "last") -> None:
-    """Write a stage's last or best parameters, with the tokenizer, as a Hugging Face folder.
-
-    Reads the configuration that the run saved; executes nothing. Raises `InputError` where
-    there is no such run or stage, or `to` holds anything already.
-    """
-    workdir = Path(os.path.abspath(workdir))
-    if not (workdir / "config.json").exists():
-        raise InputError(f"{workdir}: no run there (it has no config.json)")
-    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    folder = workdir / stage / "checkpoints"
-    if stage not in config.stages or not folder.exists():
-        raise InputError(f"{workdir}: has no checkpoints of a stage {stage!r}")
-    mesh = sharding.make_mesh()
-    model, _ = recipe.model(config, workdir, mesh)
-    tokenizer = recipe.tokenizer_file(config, workdir)
-    eos = eos_id(load_tokenizer(tokenizer), config.eos_token)
-    params = _load_params(folder, model, mesh, which)[1]()
-    convert.save_hf(to, model, params, tokenizer_from=tokenizer, eos_id=eos)
-
-
 def _prepared(this: Run, name: str) -> Stage:
     settings = this.config[name]
     batches = _batches(this, name, _stores(this, name))
@@ -157,8 +143,29 @@ def _prepared(this: Run, name: str) -> Stage:
             raise InputError(f"{name} ({key}={settings[key]}): {error}") from error
     tx, schedule = recipe.optimizer(name, settings, len(batches["train"]))
     objective, expected = recipe.objective(this.model, name, settings)
-    folder = this.workdir / name
-    return Stage(name, settings, folder, batches, tx, schedule, objective, expected)
+    folder, samples = this.workdir / name, _samples(this, name, batches["eval"].store)
+    return Stage(name, settings, folder, batches, tx, schedule, objective, expected, samples)
+
+
+def _samples(this: Run, name: str, store: TokenStore) -> Samples | None:
+    settings = this.config[name]
+    if not settings.samples:
+        return None
+    samples = Samples(
+        name,
+        this.workdir / name / "samples.jsonl",
+        this.model,
+        this.mesh,
+        this.tokenizer,
+        first_prompts(store, settings.samples),
+        Constraints(
+            settings.sample_tokens,
+            eos_ids=(eos_id(this.tokenizer, this.config.eos_token),),
+            num_tokens=num_tokens(this.tokenizer),
+        ),
+    )
+    samples.check()
+    return samples
 
 
 def _run_stage(this: Run, name: str, stage: Stage | None, start: Start) -> Start:
@@ -169,37 +176,19 @@ def _run_stage(this: Run, name: str, stage: Stage | None, start: Start) -> Start
         with Checkpoints(folder / "checkpoints", keep=keep, clean=True) as checkpoints:
             _train(this, stage, start, checkpoints)
             checkpoints.wait()
-        recipe.write_json(folder / "done.json", read_metrics(folder)[-1])
+        write_json(folder / "done.json", read_metrics(folder)[-1])
     final = json.loads((folder / "done.json").read_text())
     console.print(f"{name}: finished at step {final['step']}")
-    step, load = _load_params(folder / "checkpoints", this.model, this.mesh, settings.hand_on)
+    step, load = runs.checkpointed(folder, this.model, this.mesh, settings.hand_on)
     return Start(f"{name} step {step}", load)
-
-
-def _load_params(folder: Path, model: PythiaConfig, mesh: Mesh, which: str):
-    """The step that is last or best, and a function that loads its parameters."""
-    with Checkpoints(folder) as checkpoints:
-        step = checkpoints.best_step if which == "best" else checkpoints.latest_step
-    if step is None:
-        raise InputError(f"{folder}: holds no {which} checkpoint")
-
-    def load():
-        shapes = _param_shapes(model)
-        placed = abstract(shapes, sharding.param_shardings(shapes, mesh))
-        with Checkpoints(folder) as checkpoints:
-            return checkpoints.restore_params(step, placed)
-
-    return step, load
-
-
-def _param_shapes(model: PythiaConfig) -> Any:
-    return jax.eval_shape(functools.partial(pythia.init_params, model), jax.random.key(0))
 
 
 def _train(this: Run, stage: Stage, start: Start, checkpoints: Checkpoints) -> None:
     params = _add_reference(this, stage, start) if stage.name == "dpo" else None
     state, first = _state(this, start, params, stage.tx, checkpoints)
     del params  # donated with the state; the reference is data from here on
+    if stage.samples is not None:
+        stage.samples.cut(after=first)
     step = make_train_step(
         stage.objective,
         stage.tx,
@@ -219,6 +208,7 @@ def _train(this: Run, stage: Stage, start: Start, checkpoints: Checkpoints) -> N
         max_skipped_in_a_row=stage.settings.max_skipped_in_a_row,
         expected_first_loss=stage.expected_first_loss,
         noise_floor=NOISE_FLOOR[this.model.dtype],
+        sample=stage.samples,
     )
     train_loop(loop, state, first, stage.batches, checkpoints, stage.folder)
 
@@ -244,7 +234,7 @@ def _stores(this: Run, name: str) -> dict[str, TokenStore]:
         )
     folder.mkdir(parents=True, exist_ok=True)
     cut = {side: dataclasses.asdict(store.report) for side, store in stores.items()}
-    recipe.write_json(file, reading | {"truncation": cut, "tokens": keys})
+    write_json(file, reading | {"truncation": cut, "tokens": keys})
     return stores
 
 
@@ -316,13 +306,13 @@ def _add_reference(this: Run, stage: Stage, start: Start) -> Any:
 
         def compute(data=data, side=side):
             params, total = load(), len(data.store)
-            with ProgressLine(f"reference {side}", total, console=console) as line:
+            with ProgressLine(f"reference {side}", total) as line:
                 return reference.reference_token_logps(
                     lambda batch: logps(params, put(batch)),
                     data.store,
                     batch_size=stage.settings.eval_batch_size,
                     num_buckets=len(data.shapes),
-                    progress=lambda done: line.update(done, pairs=done),
+                    progress=lambda done: line.update(done, seen=done),
                 )
 
         manifest = {"weights": start.source, "tokens": data.store.key, "dtype": this.model.dtype}
@@ -333,7 +323,7 @@ def _add_reference(this: Run, stage: Stage, start: Start) -> Any:
 
 def _state(this: Run, start: Start, params: Any, tx, checkpoints: Checkpoints):
     """The state to go on from, and the number of steps it has seen."""
-    shapes = _param_shapes(this.model)
+    shapes = runs.param_shapes(this.model)
     shardings = state_shardings(shapes, tx, this.mesh)
     init = functools.partial(initial_state, tx=tx)
     latest = checkpoints.latest_step

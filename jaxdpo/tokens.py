@@ -176,6 +176,32 @@ def eos_id(tokenizer: Tokenizer, eos_token: str = "<|endoftext|>") -> int:
     return token_id
 
 
+def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a prompt's or a response's text, nothing added.
+
+    Raises `InputError` for a text that the tokenizer cannot spell.
+    """
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # the Rust side raises a bare Exception, or one for odd strings
+        cause = str(error).partition("\n")[0]
+        raise InputError(f"the tokenizer cannot encode the text ({cause})") from error
+
+
+def num_tokens(tokenizer: Tokenizer) -> int:
+    """How many ids a text can be made of; what a model has beyond them is padding."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, source: str | Path) -> None:
+    """Raise `InputError` where the tokenizer (of `source`) has ids that the model has not."""
+    if num_tokens(tokenizer) > vocab_size:
+        raise InputError(
+            f"tokenizer: {source} has ids up to {num_tokens(tokenizer) - 1}, but the model's "
+            f"vocabulary holds {vocab_size}; use the tokenizer the model was made with"
+        )
+
+
 def truncate(example: Example, limits: Limits) -> Example | None:
     """The example within `limits` (EOS already appended), or None if it is dropped.
 
@@ -269,7 +295,10 @@ def _tokenized(
 def _encoded(pair: Pair, tokenizer: Tokenizer, eos: int) -> Example:
     parts = []
     for text in (pair.prompt, pair.chosen, pair.rejected):
-        ids = [] if text is None else tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids = [] if text is None else text_ids(text, tokenizer)
+        except InputError as error:
+            raise InputError(f"line {pair.line}: {error}") from error
         if eos in ids:
             raise InputError(
                 f"line {pair.line}: the text itself encodes to the EOS id {eos}; remove that row, "

@@ -10,15 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
-from rich.console import Console
 
 from jaxdpo import InputError, sharding
 from jaxdpo.batching import Batch, Batches, prefetch
 from jaxdpo.checkpoint import Checkpoints
 from jaxdpo.metrics import MetricsWriter, ProgressLine
 from jaxdpo.step import Metrics, TrainState, means
-
-console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 class Loop(NamedTuple):
@@ -35,6 +32,7 @@ class Loop(NamedTuple):
     max_skipped_in_a_row: int
     expected_first_loss: float | None  # a preference loss where policy is reference
     noise_floor: float  # how far rounding alone can move it
+    sample: Callable[[int, Any], None] | None  # at each evaluation, from step and parameters
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
@@ -44,8 +42,10 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(put, batch)
 
 
-def evaluate(loop: Loop, params: Any, batches: Batches) -> dict[str, float]:
-    """The objective's metrics over the whole data set, every example once."""
+def evaluate(loop: Loop, step: int, params: Any, batches: Batches) -> dict[str, float]:
+    """The objective's metrics over the whole data set, every example once; samples are taken."""
+    if loop.sample is not None:
+        loop.sample(step, params)
     totals: dict[str, tuple[float, float]] = {}
     for batch in prefetch(batches, 0, len(batches)):
         for name, pair in jax.device_get(loop.eval_step(params, loop.put(batch))).items():
@@ -72,10 +72,10 @@ def train_loop(
     block = jax.default_backend() == "cpu" and jax.device_count() > 1
     with (
         MetricsWriter(folder, after=start if start else None) as writer,
-        ProgressLine(loop.name, total, start=start, console=console) as line,
+        ProgressLine(loop.name, total, start=start) as line,
     ):
         if start == 0:
-            evaluated = evaluate(loop, state.params, batches["eval"])
+            evaluated = evaluate(loop, 0, state.params, batches["eval"])
             _check_first(loop, evaluated, "eval")
             writer.write({"step": 0} | evaluated)
 
@@ -83,7 +83,7 @@ def train_loop(
             record = _record(loop, step, metrics, evaluated, batches["train"])
             writer.write(record)
             done = (step - start) * batches["train"].batch_size
-            line.update(step, pairs=done, loss=record["train/loss"])
+            line.update(step, seen=done, loss=record["train/loss"])
 
         pending = None
         for step, batch in enumerate(prefetch(batches["train"], start, total), start + 1):
@@ -95,7 +95,7 @@ def train_loop(
                 finish(*pending)
             last = step == total
             due = last or (loop.eval_every and step % loop.eval_every == 0)
-            evaluated = evaluate(loop, state.params, batches["eval"]) if due else {}
+            evaluated = evaluate(loop, step, state.params, batches["eval"]) if due else {}
             pending = (step, metrics, evaluated)
             if last or step % loop.checkpoint_every == 0:
                 finish(*pending)

@@ -14,13 +14,13 @@ import door
 import jax
 from absl import flags
 
-from jaxdpo import InputError, convert, recipe, sharding, stages
+from jaxdpo import InputError, convert, recipe, runs, sharding
 
 CHECK = flags.DEFINE_string("check", None, "Folder, or hub name owner/name, of a checkpoint.")
 REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit on the hub.")
 WORKDIR = flags.DEFINE_string("workdir", None, "A run whose parameters are written.")
 STAGE = flags.DEFINE_enum("stage", "dpo", recipe.STAGES, "Which stage of the run.")
-WHICH = flags.DEFINE_enum("which", "last", ["last", "best"], "Which of its checkpoints.")
+WHICH = flags.DEFINE_enum("which", "last", runs.WHICH, "Which of its checkpoints.")
 TO = flags.DEFINE_string("to", None, "The Hugging Face folder to write.")
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     if CHECK.value and not (WORKDIR.value or TO.value):
         check(CHECK.value, REVISION.value)
     elif WORKDIR.value and TO.value and not (CHECK.value or REVISION.value):
-        stages.export(WORKDIR.value, STAGE.value, TO.value, which=WHICH.value)
+        runs.export(WORKDIR.value, STAGE.value, TO.value, which=WHICH.value)
         print(f"wrote {TO.value}")
     else:
         raise InputError("give either --check [--revision], or --workdir and --to")

@@ -36,5 +36,5 @@ def run(main: Callable[[], None]) -> None:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from the latest checkpoint")
+        console.print("interrupted; the same command goes on from what is saved")
         sys.exit(130)

@@ -6,13 +6,17 @@ and what the slow twin of 4.29.2's beam search answers under `length_norm="total
 """
 
 import json
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxdpo.pythia import init_params
+from jaxdpo.decoding import LM
+from jaxdpo.pythia import hidden_states, init_params, unembed
+from jaxdpo.pythia_cache import CachedPythia
 from jaxdpo.pythia_config import PythiaConfig
 
 ANSWERS = Path(__file__).parent / "data" / "beam_answers.json"
@@ -50,8 +54,8 @@ def config(vocab_size: int) -> PythiaConfig:
     )
 
 
-def params(vocab_size: int, *, seed: int, eos_ids=(), eos_bias: float = 0.0):
-    """Random parameters whose first hidden unit is 1 wherever text could end."""
+@cache
+def _params(vocab_size: int, seed: int, eos_ids: tuple[int, ...], eos_bias: float):
     shapes = jax.eval_shape(lambda key: init_params(config(vocab_size), key), jax.random.key(0))
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     r = np.random.RandomState(seed)
@@ -64,10 +68,44 @@ def params(vocab_size: int, *, seed: int, eos_ids=(), eos_bias: float = 0.0):
         return (scale * r.standard_normal(leaf.shape)).astype(np.float32)
 
     filled = jax.tree.unflatten(tree, [random(*leaf) for leaf in leaves])
+    # The first hidden unit is 1 everywhere, which gives the end tokens a bias.
     filled["final_norm"]["scale"][0], filled["final_norm"]["bias"][0] = 0.0, 1.0
     filled["unembedding"][:, 0] = 0.0
     filled["unembedding"][list(eos_ids), 0] = eos_bias
-    return jax.tree.map(jax.numpy.asarray, filled)
+    return jax.tree.map(jnp.asarray, filled)
+
+
+def params(case: Case):
+    """The random parameters of a case's model."""
+    return _params(case.vocab_size, case.seed, case.eos_ids, case.eos_bias)
+
+
+def lm(case: Case) -> LM:
+    return LM(CachedPythia(config(case.vocab_size)), params(case))
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(config, params, rows, lengths):
+    positions = jnp.broadcast_to(jnp.arange(rows.shape[1])[None], rows.shape)
+    real = (positions < lengths[:, None]).astype(jnp.int32)
+    hidden = hidden_states(config, params, rows, positions, real, jnp.zeros_like(rows))
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return unembed(last, params["unembedding"])
+
+
+def logits_after(case: Case, prompt: list[int]):
+    """A function from continuations to the logits after them, by whole rows without a cache."""
+
+    def logits(continuations):
+        rows = np.zeros((32, 32), np.int32)
+        lengths = np.ones(32, np.int32)
+        for row, tokens in enumerate(continuations):
+            lengths[row] = len(prompt) + len(tokens)
+            rows[row, : lengths[row]] = [*prompt, *tokens]
+        found = _logits(config(case.vocab_size), params(case), rows, lengths)
+        return np.array(found)[: len(continuations)]
+
+    return logits
 
 
 def cases() -> list[Case]:
@@ -77,18 +115,18 @@ def cases() -> list[Case]:
         for early_stopping in (False, True, "never"):
             for penalty in (0.0, 1.0, 2.0, -0.7):
                 eos_ids = ((3,), (3, 7))[n // 4 % 2]  # a model for each program
-                more = (("min_new_tokens", 3), ("no_repeat_ngram", 2), ("no_repeat_ngram", 0))[n % 3]
+                more = ({"min_new_tokens": 3}, {"no_repeat_ngram": 2}, {})[n % 3]
                 case = Case(
                     seed=n % 7,
                     vocab_size=97,
                     eos_ids=eos_ids,
-                    eos_bias=(1.0, 2.5, 4.0)[n % 3],
+                    eos_bias=(2.5, 3.0, 4.0)[n % 3],
                     beam_size=beam_size,
-                    max_new_tokens=9 + n % 7,
+                    max_new_tokens=17 + n % 6,
                     length_penalty=penalty,
                     early_stopping=early_stopping,
                 )
-                found.append(case._replace(**dict([more])) if n % 4 == 1 else case)
+                found.append(case._replace(**more) if n % 4 == 1 else case)
                 n += 1
     return found
 

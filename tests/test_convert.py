@@ -427,3 +427,17 @@ def test_parameters_of_another_configuration_are_not_written(change, named, para
 def test_the_folder_can_be_moved(params, folder, tmp_path):
     shutil.move(folder, tmp_path / "elsewhere")
     assert_equal(load(tmp_path / "elsewhere")[1], params)
+
+
+def test_a_text_ends_where_transformers_ends_it(tmp_path):
+    def written(**files):
+        for name, content in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return convert.eos_ids(tmp_path)
+
+    assert written(config={"eos_token_id": 3}) == (3,)
+    assert written(generation_config={"eos_token_id": [0, 5]}) == (0, 5)
+    assert written(generation_config={"do_sample": True}) == (3,)
+    for nothing in (None, [], "0", True):
+        with pytest.raises(InputError, match="neither generation_config.json nor config.json"):
+            written(config={"eos_token_id": nothing})

@@ -1,11 +1,13 @@
 """The doors: what they print, and that a mistake is one line and exit status 2."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from speakers import TEXTS, checkpoint
 
 from jaxdpo import synthetic
 
@@ -39,6 +41,25 @@ def test_inspect_data_shows_the_row_that_was_asked_for(data):
         assert part in shown.stdout
 
 
+def test_decode_shows_and_writes_what_a_model_says(tmp_path):
+    out, file = tmp_path / "said.jsonl", tmp_path / "asked.txt"
+    file.write_text("\n".join(TEXTS))
+    done = run(
+        "decode", "--model", checkpoint(tmp_path / "policy", seed=1), "--prompts", file,
+        "--method", "sample", "--num_samples", 2, "--max_new_tokens", 5, "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["prompt"] for record in records] == list(TEXTS)
+    for record in records:
+        assert record["prompt"] in done.stdout
+        for one in record["completions"]:
+            assert 1 <= one["length"] <= 5 and f"{one['logps']:.3f}" in done.stdout
+    settings = json.loads((tmp_path / "said.jsonl.settings.json").read_text())
+    assert (settings["num_samples"], settings["max_new_tokens"]) == (2, 5)
+    assert "decoded 4/4" in done.stderr
+
+
 @pytest.mark.parametrize(
     "launcher, arguments, named",
     [
@@ -48,6 +69,11 @@ def test_inspect_data_shows_the_row_that_was_asked_for(data):
             "inspect_data",
             ["--data", "{data}/pairs_train.jsonl", "--tokenizer", "{data}", "--row", "3"],
             "--row 3",
+        ),
+        (
+            "decode",
+            ["--model", "x", "--prompt", "a", "--temperature", "0.5"],
+            "temperature: has no effect on greedy",
         ),
         ("convert", ["--check", "{data}"], "config.json"),
         ("convert", ["--workdir", "{data}", "--to", "x"], "no run there"),

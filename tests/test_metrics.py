@@ -53,7 +53,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 def test_progress_says_rate_loss_and_time_left(capsys):
     console = Console(width=200, force_terminal=False)
     with ProgressLine("dpo", 4, start=2, console=console) as line:
-        line.update(3, pairs=8, loss=0.5)  # too soon after the start to say anything
-        line.update(4, pairs=16, loss=0.25)
+        line.update(3, seen=8, loss=0.5)  # too soon after the start to say anything
+        line.update(4, seen=16, loss=0.25)
     (said,) = capsys.readouterr().out.splitlines()
     assert said.startswith("dpo 4/4") and "pairs/s" in said and "loss 0.2500" in said

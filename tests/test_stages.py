@@ -13,11 +13,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdpo import InputError, stages
+from jaxdpo import InputError, runs, stages
 from jaxdpo.checkpoint import Checkpoints, abstract
 from jaxdpo.metrics import read_metrics
 from jaxdpo.pythia import init_params
 from jaxdpo.pythia_config import PythiaConfig
+from jaxdpo.records import read_log
+from jaxdpo.samples import Samples
+from jaxdpo.tokens import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -34,6 +37,7 @@ TINY = {
     **{f"{stage}.eval_every": 4 for stage in ("sft", "dpo")},
     **{f"{stage}.checkpoint_every": 2 for stage in ("sft", "dpo")},
     **{f"{stage}.epochs": 2 for stage in ("sft", "dpo")},
+    **{f"{stage}.samples": 0 for stage in ("sft", "dpo")},
 }
 TOTAL = 12  # 48 examples, 8 to a batch, two epochs
 
@@ -208,6 +212,10 @@ MISTAKES = {
         "no example is left",
     ),
     "unknown truncation": (dict(sft__truncation="middle"), "truncation"),
+    "no room for samples": (
+        dict(dpo__samples=1, model__overrides__max_positions=100, dpo__sample_tokens=60),
+        "dpo.sample_tokens: 60 more than",
+    ),
     "synthetic knob": (dict(synthetic__sft_train=0), "sft_train"),
 }
 
@@ -241,6 +249,42 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_the_rows(tmp_path):
 
 
 @pytest.mark.slow
+def test_samples_are_shown_and_kept_over_a_kill_and_change_nothing(finished, tmp_path, capfd):
+    config = recipe(
+        stages=("sft",), sft__samples=3, sft__sample_tokens=6, sft__eval_every=3
+    )  # checkpoints stand at even steps
+    say = Samples.__call__
+
+    def killed(samples, step, params):
+        say(samples, step, params)
+        if step == 9:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Samples, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stages.run(config, tmp_path)
+    with open(tmp_path / "sft/samples.jsonl", "a") as log:
+        log.write('{"step": 12, "pro')
+    before = read_log(tmp_path / "sft/samples.jsonl")
+    assert [r["step"] for r in before] == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9]
+    stages.run(config, tmp_path)
+    said = read_log(tmp_path / "sft/samples.jsonl")
+    assert said[:12] == before and [r["step"] for r in said[12:]] == [12, 12, 12]
+    rows = read_log(tmp_path / "data/sft_test.jsonl")
+    assert [r["prompt"] for r in said] == [row["prompt"] for row in rows[:3]] * 5
+    tokenizer = load_tokenizer(tmp_path / "data/tokenizer.json")
+    assert {len(tokenizer.encode(r["text"]).ids) for r in said} == {6}  # or it had learnt to end
+    shown = capfd.readouterr().err
+    assert f"sft 12: …{rows[0]['prompt'][-60:]}".replace("\n", "⏎") in shown
+    assert shown.count(f"▸{said[-1]['text']}…".replace("\n", "⏎")) >= 1
+    with_samples, without = (read_metrics(folder / "sft") for folder in (tmp_path, finished))
+    train = [{k: v for k, v in r.items() if k.startswith("train/")} for r in with_samples]
+    assert train == [{k: v for k, v in r.items() if k.startswith("train/")} for r in without]
+    assert with_samples[-1] == without[-1] and not (finished / "sft/samples.jsonl").exists()
+
+
+@pytest.mark.slow
 def test_bfloat16_parameters_resume_bit_for_bit(tmp_path):
     """Moments are float32 whatever the parameters; a restored run must not round them."""
     config = recipe(stages=("sft",), model__param_dtype="bfloat16", model__dtype="bfloat16")
@@ -267,7 +311,7 @@ def stopping_after(step, save):
 def test_export_is_what_the_run_ended_with(finished, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    stages.export(finished, "dpo", tmp_path / "hf")
+    runs.export(finished, "dpo", tmp_path / "hf")
     params = params_of(finished / "dpo/checkpoints")
     model, notes = transformers.GPTNeoXForCausalLM.from_pretrained(
         tmp_path / "hf", output_loading_info=True
@@ -283,4 +327,4 @@ def test_export_is_what_the_run_ended_with(finished, tmp_path):
         (dict(to=tmp_path / "hf"), "not empty"),
     ):
         with pytest.raises(InputError, match=named):
-            stages.export(**dict(workdir=finished, stage="dpo", to=tmp_path / "other") | changes)
+            runs.export(**dict(workdir=finished, stage="dpo", to=tmp_path / "other") | changes)

@@ -12,7 +12,7 @@ The package knows models by their interface alone (`scorers.Model`), and no text
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from jaxdpo import InputError
 from jaxdpo.decoding.beam import Beams
@@ -47,8 +47,8 @@ def beam_search(
     beam_size: int,
     num_return: int | None = None,
     length_penalty: float = 1.0,
-    early_stopping: bool | Literal["never"] = False,
-    length_norm: Literal["generated", "total"] = "generated",
+    early_stopping: bool | str = False,
+    length_norm: str = "generated",
     warp: Warp | None = None,
     **search: Any,
 ) -> list[list[Hypothesis]]:

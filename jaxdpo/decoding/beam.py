@@ -5,7 +5,7 @@ Candidates are scored per prompt: nothing here looks across the batch.
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +52,14 @@ class Beams:
     do better at any length up to the limit.
 
     With a `warp` the candidates are drawn without replacement instead of taken from the
-    top: transformers' beam sampling, today's under either `length_norm`.
+    top: transformers' beam sampling, today's under either `length_norm`. One beam is greedy
+    decoding, or with a `warp` sampling, as in transformers.
     """
 
     size: int
     length_penalty: Any = 1.0
-    early_stopping: bool | Literal["never"] = False
-    length_norm: Literal["generated", "total"] = "generated"
+    early_stopping: bool | str = False
+    length_norm: str = "generated"
     warp: Warp | None = None
 
     @property
@@ -67,11 +68,10 @@ class Beams:
 
     def check(self, vocab_size: int, constraints: Constraints) -> None:
         """Raise `InputError` for what cannot be searched."""
-        needed = _num_candidates(self.size, constraints)
-        if self.size < 1 or needed > vocab_size:
+        if not 1 <= self.size <= vocab_size:
             raise InputError(
-                f"beam_size={self.size}: must be at least 1 and leave {needed} candidates "
-                f"among the {vocab_size} tokens that may be chosen"
+                f"beam_size={self.size}: must be between 1 and the {vocab_size} tokens that may "
+                "be chosen"
             )
         if self.early_stopping not in (True, False, "never"):
             raise InputError(f"early_stopping={self.early_stopping!r}: True, False or 'never'")
@@ -146,9 +146,12 @@ class Beams:
         full = finished.done.all(axis=1)
         worst = jnp.where(full, finished.scores.min(axis=1), NEVER)
         closed = ~(bound / length**penalty > worst)
-        return closed | full if self.early_stopping is True else closed
+        return closed | full if self.early_stopping is True or self.size == 1 else closed
 
 
 def _num_candidates(size: int, constraints: Constraints) -> int:
-    """So many that `size` are left when every end token of every beam is among them."""
-    return max(2, 1 + len(constraints.eos_ids)) * size
+    """So many that `size` are left when every end token of every beam is among them.
+
+    One beam keeps one, which makes it greedy decoding (or sampling): it stops at an end.
+    """
+    return 1 if size == 1 else max(2, 1 + len(constraints.eos_ids)) * size

@@ -56,7 +56,7 @@ class Warp:
             total = jax.nn.logsumexp(kept, axis=-1, keepdims=True)
             share = jnp.exp(values - total)
             enough = jnp.cumsum(share, axis=-1) - share >= self.top_p
-            enough &= jnp.arange(values.shape[-1]) >= keep
+            enough &= (jnp.arange(values.shape[-1]) >= keep)[None, None]
             floor = jnp.where(enough, jnp.inf, values).min(axis=-1, keepdims=True)
         return jnp.where(logps >= floor, logps, -jnp.inf)
 

@@ -23,6 +23,8 @@ from jaxdpo.decoding.sample import Samples
 from jaxdpo.decoding.scorers import Scorer
 
 Prompt = Sequence[int] | Sequence[Sequence[int]]
+
+
 class Memory(NamedTuple):
     """Bytes that a search takes on one device at its largest, by what holds them."""
 
@@ -41,8 +43,8 @@ class Search:
 
     `batch_size` prompts run together; on a mesh, a multiple of its rows (`data` x `fsdp`),
     and the parameters must lie on it. Over `memory_limit` bytes on a device nothing is
-    compiled. `key` is for draws. Every `segment` steps finished prompts and dead nodes leave:
-    a step sees up to `segment` x beams nodes that no beam goes through any more.
+    compiled. `key` is for draws. Every `segment` steps finished prompts and dead nodes leave;
+    until then a step sees the dead ones (None: as often as keeps room for about 320 nodes).
     """
 
     scorer: Scorer
@@ -52,7 +54,7 @@ class Search:
     mesh: Mesh | None = None
     memory_limit: int | None = None
     key: Any = None
-    segment: int = 32
+    segment: int | None = None
 
     def run(
         self, prompts: Sequence[Prompt], *, numbers: Sequence[int] | None = None
@@ -98,6 +100,10 @@ class Search:
             4 * num_prompts * self.rule.width * vocabularies // rows,
         )
 
+    @property
+    def _steps(self) -> int:
+        return self.segment or min(max(320 // self.rule.width, 8), 32)
+
     def _rows(self) -> int:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
 
@@ -118,7 +124,7 @@ class Search:
             places = np.where(still, places, -1)
             if step > 1 or self._batch_bucket(int(still.sum())) < len(places):
                 state, places = self._compacted(state, places)
-            until = min(step + self.segment, limit)
+            until = min(step + self._steps, limit)
             state = loop.segment(
                 self.scorer,
                 self.rule,
@@ -127,7 +133,7 @@ class Search:
                 until,
                 state,
                 mesh=self.mesh,
-                steps=self.segment,
+                steps=self._steps,
             )
             step = until
 
@@ -152,7 +158,7 @@ class Search:
             self._put(keys),
             self._put(places >= 0),
             mesh=self.mesh,
-            room=self.segment * self.rule.width,
+            room=self._steps * self.rule.width,
             capacity=_bucket(self.constraints.max_new_tokens),
         )
 
@@ -169,7 +175,7 @@ class Search:
             real,
             mesh=self.mesh,
             num_nodes=tuple(_bucket(int(alive[still].max())) for alive in nodes),
-            room=self.segment * self.rule.width,
+            room=self._steps * self.rule.width,
         )
         return state, np.where(real, places[keep], -1)
 
@@ -177,7 +183,7 @@ class Search:
         leaving = np.flatnonzero(~still & (places >= 0))
         if len(leaving):
             finished = jax.device_get(state.finished)
-        for row in leaving:
+        for row in leaving.tolist():
             yield int(places[row]), _hypotheses(finished, row, self.scorer.part_names)
 
     def _put(self, array: Any) -> jax.Array:
@@ -234,9 +240,7 @@ class Search:
             if len(ids) == 0:
                 raise InputError(f"prompt {place}: is empty; give it at least one token")
             if not 0 <= min(ids) <= max(ids) < lm.vocab_size:
-                raise InputError(
-                    f"prompt {place}: has ids outside the {lm.vocab_size} of the model"
-                )
+                raise InputError(f"prompt {place}: has ids outside 0 to {lm.vocab_size - 1}")
             longest = lm.model.max_length - self.constraints.max_new_tokens
             if len(ids) > longest:
                 raise InputError(

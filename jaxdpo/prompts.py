@@ -1,0 +1,129 @@
+"""Where prompts come from: the command line, a file, or the examples of a data set.
+
+A prompt keeps the place where it stood, so that whatever is wrong with it later can be told
+by file and line. Left out: token ids (`tokens`), and what is said to a prompt (`completions`).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxdpo import InputError
+from jaxdpo.metrics import console
+from jaxdpo.pairs import DataReport, read_pairs
+
+SUFFIXES = (".txt", ".jsonl")
+
+
+class Prompt(NamedTuple):
+    """One text for all models, or one for each; and where it stands."""
+
+    texts: tuple[str, ...]
+    place: str
+
+    def for_each(self, num_models: int) -> tuple[str, ...]:
+        """A text for each model; `InputError` where there are several, but not so many."""
+        if len(self.texts) not in (1, num_models):
+            raise InputError(
+                f"{self.place}: {len(self.texts)} prompts, but {num_models} models; give one for "
+                "all of them, or one for each (the reference last)"
+            )
+        return self.texts if len(self.texts) == num_models else self.texts * num_models
+
+
+def collected(
+    *,
+    prompt: Sequence[str] = (),
+    prompts: str | Path | None = None,
+    data: str | None = None,
+    format: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+) -> list[Prompt]:
+    """The prompts of one source: given one by one, in a file, or those of a data set.
+
+    `format` ("pairs"), `split` ("train") and `limit` are the data set's, and go to
+    `pairs.read_pairs`. Raises `InputError` for what is no source, several, or without effect.
+    """
+    if sum(map(bool, (prompt, prompts, data))) != 1:
+        raise InputError("give one of prompt (once or more), prompts (a file), data (a data set)")
+    for name, value in {"format": format, "split": split, "limit": limit}.items():
+        if value is not None and not data:
+            raise InputError(f"{name}: has no effect without data; leave it out")
+    if prompt:
+        return typed(prompt)
+    if prompts:
+        return from_file(prompts)
+    found, report = from_data(data, format=format or "pairs", split=split or "train", limit=limit)
+    console.print(str(report), markup=False)
+    return found
+
+
+def typed(texts: Sequence[str]) -> list[Prompt]:
+    """Prompts given one by one, as on the command line; `InputError` for an empty one.
+
+    >>> typed(["1+1="])
+    [Prompt(texts=('1+1=',), place='prompt 1')]
+    """
+    return [_prompt([text], f"prompt {number}") for number, text in enumerate(texts, 1)]
+
+
+def from_file(file: str | Path) -> list[Prompt]:
+    """The prompts of a `.txt` file, one to a line as it stands, or of a `.jsonl` file.
+
+    An object of the latter has `prompt`, or `prompts` with one for each model. Raises
+    `InputError` that names the first line with no prompt.
+    """
+    path = Path(file)
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{file}: prompts stand in a {' or '.join(SUFFIXES)} file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not a readable text file ({error})") from error
+    if lines[-1] == "":
+        lines.pop()  # what follows the last line's end is no line
+    if not lines:
+        raise InputError(f"{file}: is empty; give a line for each prompt")
+    return list(_prompts(lines, str(file), json_lines=path.suffix == ".jsonl"))
+
+
+def from_data(
+    source: str, *, format: str, split: str = "train", limit: int | None = None
+) -> tuple[list[Prompt], DataReport]:
+    """The prompts of a data set in their order, each once, and what was read.
+
+    The arguments are those of `pairs.read_pairs`, and so is what raises.
+    """
+    pairs, report = read_pairs(source, format=format, split=split, limit=limit)
+    first = {pair.prompt: pair.line for pair in reversed(pairs)}
+    lines = sorted(first.items(), key=lambda item: item[1])
+    return [Prompt((text,), f"{source} line {line}") for text, line in lines], report
+
+
+def _prompts(lines: list[str], file: str, *, json_lines: bool) -> Iterator[Prompt]:
+    for number, line in enumerate(lines, 1):
+        place = f"{file} line {number}"
+        if not line.strip():
+            raise InputError(f"{place}: is blank; give a prompt, or delete the line")
+        yield _prompt(_fields(line, place) if json_lines else [line], place)
+
+
+def _fields(line: str, place: str) -> list[str]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not JSON; one object to a line") from error
+    if not isinstance(row, dict) or ("prompt" in row) == ("prompts" in row):
+        raise InputError(f"{place}: must be an object with either prompt or prompts")
+    texts = row.get("prompts", [row.get("prompt")])
+    if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
+        raise InputError(f"{place}: prompt must be a string, prompts a list of strings")
+    return texts
+
+
+def _prompt(texts: Sequence[str], place: str) -> Prompt:
+    if not all(text.strip() for text in texts):
+        raise InputError(f"{place}: is empty; give it some text")
+    return Prompt(tuple(texts), place)

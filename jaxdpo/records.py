@@ -1,0 +1,72 @@
+"""JSON on disk that a kill cannot spoil: whole files, and logs of one record to a line.
+
+A log is appended to as things happen. The last line of a log whose writer was killed may be
+half a line; it is left out by whoever reads the log, and cut off by whoever goes on with it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a whole file or none: a reader never sees half of it."""
+    _replace(file, json.dumps(value, indent=1) + "\n")
+
+
+def read_log(file: Path) -> list[Record]:
+    """The whole lines of a log, in order; none where there is no file."""
+    records = []
+    for line in file.read_bytes().split(b"\n") if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # only the last line can be no JSON: the writer was killed
+            break
+    return records
+
+
+def write_log(file: Path, records: Iterable[Record]) -> None:
+    """Write a whole log or none."""
+    _replace(file, "".join(line(record) for record in records))
+
+
+def cut_log(file: Path, keep: Callable[[Record], bool]) -> list[Record]:
+    """Leave only the whole lines that `keep` says; returns them."""
+    kept = [record for record in read_log(file) if keep(record)]
+    write_log(file, kept)
+    return kept
+
+
+def line(record: Record) -> str:
+    """A record as a line of a log.
+
+    >>> line({"step": 3, "text": " naïve"})
+    '{"step": 3, "text": " naïve"}\\n'
+    """
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def differing(found: Record, wanted: Record, prefix: str = "") -> list[str]:
+    """The keys whose values are not the same, in order; those of nested records with dots.
+
+    >>> differing({"a": 1, "b": {"c": [2], "d": 3}}, {"b": {"c": [4], "d": 3}, "e": 5})
+    ['a', 'b.c', 'e']
+    """
+    keys = []
+    for key in sorted(found.keys() | wanted.keys()):
+        sides = found.get(key), wanted.get(key)
+        if all(isinstance(side, dict) for side in sides):
+            keys += differing(*sides, f"{prefix}{key}.")
+        elif key not in found or key not in wanted or json.dumps(sides[0]) != json.dumps(sides[1]):
+            keys.append(prefix + key)
+    return keys
+
+
+def _replace(file: Path, text: str) -> None:
+    writing = file.with_name(file.name + ".writing")
+    writing.write_text(text, encoding="utf-8")
+    os.replace(writing, file)
