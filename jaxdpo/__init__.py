@@ -11,6 +11,7 @@ Data flows through the modules in this order:
     sharding     the device mesh; the table parameter -> PartitionSpec
     pythia_config  the numbers of a model: published sizes, Hugging Face's config.json
     pythia       the GPT-NeoX model: tokens -> hidden states; the unembedding
+    pythia_cache  the model one token at a time, over a pool of keys and values
     hf_layout    how Hugging Face names and lays out the tensors: one table
     convert      Hugging Face weights <-> parameters
     qfunction    hidden states -> log-probabilities of the scored tokens
@@ -20,6 +21,7 @@ Data flows through the modules in this order:
     train        the loop: updates, evaluation, checkpoints, a line a step
     recipe       what a configuration asks for, checked
     stages       a run: its stages in order, their data, where each one starts
+    decoding     beams, samples and products of models over one jitted loop
     checkpoint   Orbax: save, resume, load parameters
     records      JSON on disk that a kill cannot spoil: whole files, logs of lines
     metrics      metrics.jsonl, TensorBoard, progress
@@ -32,7 +34,8 @@ Data flows through the modules in this order:
     analysis     figures and tables
 
 Axes in shapes: B rows, T positions, S scored positions, G groups of rows, P pairs to a
-group, V vocabulary, D width, F MLP width, N heads, H head width, L layers.
+group, V vocabulary, D width, F MLP width, N heads, H head width, L layers; in decoding K
+beams or samples, R nodes of a cache, C candidates.
 
 `logps` are log-probabilities: a bare `logps` is the sum over a response, `token_logps`
 is per token.

@@ -1,16 +1,16 @@
 """From prompts as text to completions as text: which models speak, and by which method.
 
-A `Request` says what is wanted, with nothing in it that has no effect; a `Decoder` is that
-request with its models loaded. Left out: the search itself (`decoding`), where prompts come
+A `Scoring` says which models are asked, a rule of `decoding` how tokens are chosen; a `Decoder`
+is both with the models loaded. Left out: the search itself (`decoding`), where prompts come
 from (`prompts`), and files of completions (`transcript`).
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from tokenizers import Tokenizer
 
 from jaxdpo import InputError, sharding
 from jaxdpo.decoding import (
@@ -36,23 +37,19 @@ from jaxdpo.prompts import Prompt
 from jaxdpo.records import Record
 from jaxdpo.tokens import num_tokens, text_ids
 
-_DRAWS = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0}
-_BEAMS = {
-    "beam_size": 4,
-    "num_return": 1,
-    "length_penalty": 1.0,
-    "early_stopping": False,
-    "length_norm": "generated",
-}
-# The options that each method obeys, with their values where none is given.
+_WARP = ("temperature", "top_k", "top_p")
+_BEAMS = ("length_penalty", "early_stopping", "length_norm")
+# The options that each method obeys.
 METHODS = {
-    "greedy": {},
-    "sample": {"num_samples": 1} | _DRAWS,
-    "beam": _BEAMS,
-    "beam_sample": _BEAMS | _DRAWS,
+    "greedy": (),
+    "sample": ("num_samples", *_WARP, "seed"),
+    "beam": ("beam_size", "num_return", *_BEAMS),
+    "beam_sample": ("beam_size", "num_return", *_BEAMS, *_WARP, "seed"),
 }
-OPTIONS = ("num_samples", *_BEAMS, *_DRAWS)
+OPTIONS = tuple(dict.fromkeys(METHODS["sample"] + METHODS["beam_sample"]))
 EARLY_STOPPING = {"false": False, "true": True, "never": "never"}  # as words of a command line
+_LARGEST = 1e30  # of an exponent or beta: times a log-probability it is finite in float32
+_GREEDY = Samples()
 
 
 class Scoring(NamedTuple):
@@ -66,28 +63,14 @@ class Scoring(NamedTuple):
     dtype: str | None
 
 
-class Method(NamedTuple):
-    """How tokens are chosen: a rule of the search, and every option that made it."""
-
-    name: str
-    rule: Beams | Samples
-    options: dict[str, Any]
-
-
-class Request(NamedTuple):
-    """What is asked for. The end tokens and `num_tokens` are the tokenizer's to say."""
+class Decoder(NamedTuple):
+    """A search with the models that it asks, in the scorer's order, the reference last."""
 
     scoring: Scoring
-    method: Method
-    constraints: Constraints
-
-
-class Decoder(NamedTuple):
-    """A request with its models loaded, in the scorer's order, the reference last."""
-
-    request: Request
     models: tuple[LanguageModel, ...]
     search: Search
+    num_return: int | None
+    seed: int
 
 
 def scoring(
@@ -114,23 +97,25 @@ def scoring(
         raise InputError("normalised: has no effect without product; leave it out")
     if beta is not None and reference is None:
         raise InputError("beta: has no effect without reference; leave it out, or name a reference")
-    if reference is not None and (beta is None or not 0 < beta < math.inf):
-        raise InputError(f"beta={beta}: with a reference, give one above 0, such as that of DPO")
+    if reference is not None and (beta is None or not 1 / _LARGEST <= beta <= _LARGEST):
+        raise InputError(
+            f"beta={beta}: with a reference, give one above 0 (and at most {_LARGEST:g}), "
+            "such as that of DPO"
+        )
     if model:
         return Scoring((model,), None, None, reference, beta, dtype)
     names, exponents = zip(*map(_factor, product), strict=True)
     return Scoring(names, exponents, normalised or "token", reference, beta, dtype)
 
 
-def method(name: str, given: Mapping[str, Any]) -> Method:
-    """The method of a name, obeying the options given; those that are None are not given.
+def method(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `decoder` takes for a method of a command line: its `rule`, `num_return`, `seed`.
 
-    `METHODS` lists which there are; `decoding.Beams`, `Samples` and `Warp` say what they mean;
-    of a beam search `num_return` are returned. Raises `InputError` for an option that is out
-    of range, or that the method does not obey.
+    `METHODS` lists which there are, and what each obeys; an option that is None is not given.
+    Raises `InputError` for one that the method does not obey.
 
-    >>> method("sample", {"temperature": 0.7, "beam_size": None}).options["temperature"]
-    0.7
+    >>> method("sample", {"num_samples": 2, "beam_size": None})["rule"].num_samples
+    2
     """
     if name not in METHODS:
         raise InputError(f"method={name!r}: is unknown; choose from {', '.join(METHODS)}")
@@ -142,87 +127,131 @@ def method(name: str, given: Mapping[str, Any]) -> Method:
                 f"{option}: has no effect on {name}, only on {obey or 'no method at all'}; "
                 "leave it out, or choose another method"
             )
-    options = METHODS[name] | given
-    if (early := options.get("early_stopping")) in EARLY_STOPPING:
-        options["early_stopping"] = EARLY_STOPPING[early]
-    return Method(name, _rule(options), options)
+    if "early_stopping" in given:
+        given["early_stopping"] = EARLY_STOPPING[given["early_stopping"]]
+    part = lambda names: {option: given[option] for option in names if option in given}
+    warp = Warp(**part(_WARP)) if "seed" in METHODS[name] else None
+    if "beam_size" not in METHODS[name]:
+        return {"rule": Samples(**part(["num_samples"]), warp=warp)} | part(["seed"])
+    rule = Beams(given.get("beam_size", 4), **part(_BEAMS), warp=warp)
+    return {"rule": rule, "num_return": given.get("num_return", 1)} | part(["seed"])
 
 
-def decoder(request: Request, *, batch_size: int = 8, mesh: Mesh | None = None) -> Decoder:
-    """The request, ready to decode `batch_size` prompts together on the mesh (None: all devices).
+def decoder(
+    scoring: Scoring,
+    rule: Beams | Samples = _GREEDY,
+    *,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    no_repeat_ngram: int = 0,
+    num_return: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
+) -> Decoder:
+    """A search with its models loaded; the tokenizer says how a text ends.
 
-    Raises `InputError` where a model cannot be loaded, or does not go with the others.
+    See `decoding.Constraints` for the limits. A prompt gets its first `num_return` completions
+    (None: all); `batch_size` prompts are decoded together (None: 8, rounded up to the mesh's
+    rows) on the mesh (None: all devices). Raises `InputError` for what is out of range, before
+    a model is loaded where that can be told, and for models that do not go together.
     """
     if jax.process_count() > 1:
         raise InputError("several processes: decoding is of one process yet, with all its devices")
+    limits = Constraints(max_new_tokens, (), min_new_tokens, no_repeat_ngram=no_repeat_ngram)
+    _check(rule, limits, num_return, seed)
     mesh = sharding.make_mesh() if mesh is None else mesh
-    names = [*request.scoring.names, request.scoring.reference]
-    names = [name for name in names if name is not None]
-    dtype = request.scoring.dtype
-    loaded = {name: language_model(name, mesh, dtype=dtype) for name in dict.fromkeys(names)}
-    models = tuple(loaded[name] for name in names)
-    check_same_vocabulary(models)
-    constraints = dataclasses.replace(
-        request.constraints,
-        eos_ids=models[0].eos_ids,
-        num_tokens=num_tokens(models[0].tokenizer),
-    )
+    models = _loaded(scoring, mesh)
+    tokens = num_tokens(models[0].tokenizer)
     search = Search(
-        _scorer(request.scoring, models),
-        request.method.rule,
-        constraints,
-        batch_size=batch_size,
+        _scorer(scoring, models),
+        rule,
+        dataclasses.replace(limits, eos_ids=models[0].eos_ids, num_tokens=tokens),
+        batch_size=rows_of(mesh, 8) if batch_size is None else batch_size,
         mesh=mesh,
-        memory_limit=_memory(mesh),
-        key=jax.random.key(request.method.options.get("seed", 0)),
+        memory_limit=memory(mesh),
+        key=jax.random.key(seed),
     )
-    return Decoder(request, models, search)
+    search.check()
+    return Decoder(scoring, models, search, num_return, seed)
 
 
 def completions(
     decoder: Decoder, prompts: Sequence[Prompt], *, numbers: Sequence[int] | None = None
 ) -> Iterator[tuple[int, list[Record]]]:
-    """Yield (place of a prompt, its completions, best first) as prompts finish.
+    """An iterator of (place of a prompt, its completions, best first), as prompts finish.
 
-    A completion has its `text` (without the end token) and `tokens` (with it); `token_logps`
-    under the scorer and `logps`, their sum; the `score` that it is ranked by; `length` in
-    tokens; whether an end token `ended` it; `parts`, the other log-probabilities of each token;
-    with a reference `implicit_rewards`, one a token, and `implicit_reward`, their sum.
-
-    Draws are keyed by `numbers`; see `decoding.Search`. Raises `InputError`, with the place
-    where a prompt stands, for one that cannot be decoded.
+    A completion has what `completion` says and, with a reference, `implicit_rewards`, one a
+    token, and `implicit_reward`, their sum. Draws are keyed by `numbers`; see
+    `decoding.Search`. Raises `InputError` at once, with the place where a prompt stands, for
+    one that cannot be decoded.
     """
-    ids = [_ids(decoder.models, prompt) for prompt in prompts]
-    try:
-        for place, found in decoder.search.run(ids, numbers=numbers):
-            found = found[: decoder.request.method.options.get("num_return")]
-            yield place, [_completion(decoder, hypothesis) for hypothesis in found]
-    except InputError as error:
-        if numbered := re.match(r"prompt (\d+): ", str(error)):
-            said = str(error)[numbered.end() :]
-            raise InputError(f"{prompts[int(numbered[1])].place}: {said}") from error
-        raise
+    ids = [_ids(decoder, prompt) for prompt in prompts]
+    return (
+        (place, [_rewarded(decoder, one) for one in found[: decoder.num_return]])
+        for place, found in decoder.search.run(ids, numbers=numbers)
+    )
+
+
+def completion(found: Hypothesis, tokenizer: Tokenizer) -> Record:
+    """A hypothesis as text, and all that is known of it.
+
+    It has its `text` (without the end token) and `tokens` (with it); `token_logps` under the
+    scorer and `logps`, their sum; the `score` that it is ranked by; `length` in tokens;
+    whether an end token `ended` it; `parts`, the log-probability of each token under the
+    "reference" and each model of a product, "model_0" and so on.
+    """
+    said = found.tokens[:-1] if found.ended else found.tokens
+    return {
+        "text": tokenizer.decode(said.tolist(), skip_special_tokens=False),
+        "tokens": found.tokens.tolist(),
+        "token_logps": _numbers(found.logps),
+        "logps": float(found.logps.sum(dtype=np.float64)),
+        "score": found.score,
+        "length": len(found.tokens),
+        "ended": found.ended,
+        "parts": {name: _numbers(logps) for name, logps in found.parts.items()},
+    }
 
 
 def settings(decoder: Decoder, prompts: Sequence[Prompt]) -> Record:
-    """All that decides what is decoded from these prompts, as JSON; not how fast."""
-    request, roles = decoder.request, [f"model_{i}" for i in range(len(decoder.models))]
-    if request.scoring.reference is not None:
-        roles[-1] = "reference"
-    identities = [model.identity for model in decoder.models]
-    limits = dataclasses.asdict(decoder.search.constraints)
+    """All that is meant to decide what is decoded from these prompts, as JSON; not how fast.
+
+    `notes` are for people, and decide nothing: models move, and libraries change.
+    """
+    scoring, search = decoder.scoring, decoder.search
+    roles = [f"model_{i}" for i in range(len(scoring.names))]
+    models = dict(zip([*roles, "reference"], decoder.models, strict=False))
     texts = json.dumps([prompt.texts for prompt in prompts]).encode()
     return {
-        "models": dict(zip(roles, identities, strict=True)),
-        "exponents": request.scoring.exponents,
-        "normalised": request.scoring.normalised,
-        "beta": request.scoring.beta,
-        "method": request.method.name,
-        **request.method.options,
-        **limits,
+        "models": {role: model.identity for role, model in models.items()},
+        "exponents": scoring.exponents,
+        "normalised": scoring.normalised,
+        "beta": scoring.beta,
+        "rule": {"kind": type(search.rule).__name__, **dataclasses.asdict(search.rule)},
+        "num_return": decoder.num_return,
+        "seed": decoder.seed,
+        **dataclasses.asdict(search.constraints),
         "prompts": {"number": len(prompts), "sha256": hashlib.sha256(texts).hexdigest()},
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "tokenizers")},
+        "notes": {
+            "models": {role: [model.name, model.step] for role, model in models.items()},
+            "versions": {name: version(name) for name in ("jax", "jaxlib", "tokenizers")},
+        },
     }
+
+
+def rows_of(mesh: Mesh, count: int) -> int:
+    """So many prompts, or the next number that divides over the mesh's rows."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-count // rows) * rows
+
+
+def memory(mesh: Mesh) -> int:
+    """The bytes of a device, or its share of the host's."""
+    device = mesh.devices.flat[0]
+    if limit := (device.memory_stats() or {}).get("bytes_limit"):
+        return limit
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // mesh.size
 
 
 def _factor(text: str) -> tuple[str, float]:
@@ -231,23 +260,29 @@ def _factor(text: str) -> tuple[str, float]:
         value = float(exponent)
     except ValueError:
         value = math.nan
-    if not name or not math.isfinite(value):
-        raise InputError(f"product: {text!r} is not NAME=EXPONENT, a model and a number")
+    if not name or not abs(value) <= _LARGEST:
+        raise InputError(f"product: {text!r} is not NAME=EXPONENT, a model and a number up to 1e30")
     return name, value
 
 
-def _rule(options: dict[str, Any]) -> Beams | Samples:
-    warp = None
-    if "temperature" in options:
-        warp = Warp(options["temperature"], options["top_k"], options["top_p"])
-        warp.check()
-    if "beam_size" not in options:
-        return Samples(options.get("num_samples", 1), warp)
-    size, wanted = options["beam_size"], options["num_return"]
-    if not 1 <= wanted <= size:
-        raise InputError(f"num_return={wanted}: must be between 1 and beam_size={size}")
-    named = (options[name] for name in ("length_penalty", "early_stopping", "length_norm"))
-    return Beams(size, *named, warp)
+def _check(rule: Beams | Samples, limits: Constraints, num_return: int | None, seed: int) -> None:
+    """What needs no vocabulary to be seen."""
+    limits.check(vocab_size=1)
+    rule.check(max(rule.width, 1), limits)
+    if num_return is not None and not 1 <= num_return <= rule.width:
+        raise InputError(
+            f"num_return={num_return}: must be between 1 and the {rule.width} that are searched"
+        )
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed={seed}: must be between 0 and {2**32 - 1}")
+
+
+def _loaded(scoring: Scoring, mesh: Mesh) -> tuple[LanguageModel, ...]:
+    """The models in the scorer's order, each loaded once."""
+    load = functools.cache(lambda name: language_model(name, mesh, dtype=scoring.dtype))
+    models = tuple(load(name) for name in (*scoring.names, scoring.reference) if name is not None)
+    check_same_vocabulary(models)
+    return models
 
 
 def _scorer(scoring: Scoring, models: Sequence[LanguageModel]) -> Scorer:
@@ -259,32 +294,23 @@ def _scorer(scoring: Scoring, models: Sequence[LanguageModel]) -> Scorer:
     return scorer if scoring.reference is None else WithReference(scorer, lms[-1])
 
 
-def _ids(models: Sequence[LanguageModel], prompt: Prompt) -> list[list[int]]:
-    texts = prompt.for_each(len(models))
+def _ids(decoder: Decoder, prompt: Prompt) -> list[list[int]]:
+    texts, models = prompt.for_each(len(decoder.models)), decoder.models
     try:
-        return [text_ids(text, model.tokenizer) for text, model in zip(texts, models, strict=True)]
+        ids = [text_ids(text, model.tokenizer) for text, model in zip(texts, models, strict=True)]
+        decoder.search.checked(ids)
     except InputError as error:
         raise InputError(f"{prompt.place}: {error}") from error
+    return ids
 
 
-def _completion(decoder: Decoder, found: Hypothesis) -> Record:
+def _rewarded(decoder: Decoder, found: Hypothesis) -> Record:
     if not all(np.isfinite(logps).all() for logps in (found.logps, *found.parts.values())):
         names = ", ".join(model.name for model in decoder.models)
         raise InputError(f"{names}: log-probabilities are not finite; look at the weights")
-    said = found.tokens[:-1] if found.ended else found.tokens
-    tokenizer, beta = decoder.models[0].tokenizer, decoder.request.scoring.beta
-    record = {
-        "text": tokenizer.decode(said.tolist(), skip_special_tokens=False),
-        "tokens": found.tokens.tolist(),
-        "token_logps": _numbers(found.logps),
-        "logps": float(found.logps.sum(dtype=np.float64)),
-        "score": found.score,
-        "length": len(found.tokens),
-        "ended": found.ended,
-        "parts": {name: _numbers(logps) for name, logps in found.parts.items()},
-    }
-    if beta is not None:
-        rewards = found.implicit_rewards(beta)
+    record = completion(found, decoder.models[0].tokenizer)
+    if decoder.scoring.beta is not None:
+        rewards = found.implicit_rewards(decoder.scoring.beta)
         record["implicit_rewards"] = _numbers(rewards)
         record["implicit_reward"] = float(rewards.sum(dtype=np.float64))
     return record
@@ -293,11 +319,3 @@ def _completion(decoder: Decoder, found: Hypothesis) -> Record:
 def _numbers(values: np.ndarray) -> list[float]:
     """Float32 numbers in the fewest digits that give them back."""
     return [float(str(value)) for value in values]
-
-
-def _memory(mesh: Mesh) -> int:
-    """The bytes of a device, or its share of the host's."""
-    device = mesh.devices.flat[0]
-    if limit := (device.memory_stats() or {}).get("bytes_limit"):
-        return limit
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // mesh.size

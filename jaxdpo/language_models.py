@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
@@ -21,7 +20,8 @@ from jaxdpo.decoding import LM
 from jaxdpo.pythia_cache import decoding_params
 from jaxdpo.tokens import check_vocabulary, load_tokenizer
 
-_RUN = re.compile(r"(?P<workdir>.+?):(?P<stage>\w+)(:(?P<which>last|best))?")
+# A folder's name may have colons: a last word is a checkpoint only after the name of a stage.
+_RUN = re.compile(r"(?P<workdir>.+?):(?P<stage>\w+)((?<=:sft|:dpo):(?P<which>\w*))?")
 
 
 class LanguageModel(NamedTuple):
@@ -31,7 +31,8 @@ class LanguageModel(NamedTuple):
     lm: LM
     tokenizer: Tokenizer
     eos_ids: tuple[int, ...]
-    identity: dict[str, Any]  # the same where name, weights, dtype and tokenizer are
+    step: int | None  # of a run's checkpoint
+    identity: dict[str, str]  # the same where weights, dtype and tokenizer are
 
 
 def language_model(name: str, mesh: Mesh, *, dtype: str | None = None) -> LanguageModel:
@@ -40,22 +41,19 @@ def language_model(name: str, mesh: Mesh, *, dtype: str | None = None) -> Langua
     A name is a folder with a Hugging Face checkpoint, `owner/name` on the hub, or
     `WORKDIR:STAGE` of a run, its last checkpoint unless `:best` follows. `dtype` is that of
     the computation; without one, what the run was trained in, or float32. Raises
-    `InputError` where there is no such model, or its tokenizer does not fit.
+    `InputError` where there is no such model, its tokenizer does not fit, or the device
+    does not compute in its dtype.
     """
-    run = None if Path(name).is_dir() else _RUN.fullmatch(name)
-    of_name = _of_run(run, mesh, dtype) if run else _of_checkpoint(name, mesh, dtype)
-    config, params, tokenizer_file, eos_ids, step = of_name
-    tokenizer = load_tokenizer(tokenizer_file)
-    check_vocabulary(tokenizer, config.vocab_size, tokenizer_file)
-    lm = LM(*decoding_params(config, params, mesh))
-    identity = {
-        "name": name,
-        "step": step,
-        "dtype": config.dtype,
-        "weights": fingerprint(lm.params),
-        "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16],
-    }
-    return LanguageModel(name, lm, tokenizer, eos_ids, identity)
+    stored = _stored(name, mesh, dtype)
+    config = dataclasses.replace(stored.model, dtype=dtype or stored.model.dtype)
+    if config.dtype == "float16" and mesh.devices.flat[0].platform == "cpu":
+        raise InputError(f"{name}: a CPU does not decode in float16; give dtype float32, bfloat16")
+    tokenizer = load_tokenizer(stored.tokenizer)
+    check_vocabulary(tokenizer, config.vocab_size, stored.tokenizer)
+    lm = LM(*decoding_params(config, stored.load(), mesh))
+    words = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+    identity = {"dtype": config.dtype, "weights": fingerprint(lm.params), "tokenizer": words}
+    return LanguageModel(name, lm, tokenizer, stored.eos_ids, stored.step, identity)
 
 
 def check_same_vocabulary(models: Sequence[LanguageModel]) -> None:
@@ -63,8 +61,7 @@ def check_same_vocabulary(models: Sequence[LanguageModel]) -> None:
     first = models[0]
     for other in models[1:]:
         ours, theirs = first.tokenizer.get_vocab(), other.tokenizer.get_vocab()
-        differ = len(ours.items() ^ theirs.items())
-        if differ:
+        if differ := len(ours.items() ^ theirs.items()):
             raise InputError(
                 f"{first.name} and {other.name}: their tokenizers differ in {differ} entries; "
                 "models that score the same tokens must have the same vocabulary"
@@ -77,43 +74,28 @@ def check_same_vocabulary(models: Sequence[LanguageModel]) -> None:
 
 
 def fingerprint(params: Any) -> str:
-    """A hash of the parameters' bits and shapes, the same on any mesh.
+    """A hash of every parameter's path, shape, dtype and bytes; the same on any mesh.
 
-    >>> one = fingerprint({"a": jnp.array([1.0, 2.0])})
-    >>> one == fingerprint({"a": jnp.array([1.0, 2.0])}), one == fingerprint(
-    ...     {"a": jnp.array([2.0, 1.0])}
-    ... )
-    (True, False)
+    >>> fingerprint({"a": jax.numpy.array([1.0, 2.0])})
+    'c75fff69f5813ab9'
     """
     digest = hashlib.sha256()
-    sums = jax.device_get(jax.tree.map(_bit_sum, params))
-    for path, value in jax.tree.leaves_with_path(sums):
-        digest.update(f"{jax.tree_util.keystr(path)} {value} ".encode())
-    for leaf in jax.tree.leaves(params):
-        digest.update(f"{leaf.shape} {leaf.dtype} ".encode())
+    for path, leaf in jax.tree.leaves_with_path(params):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} ".encode())
+        host = jax.device_get(leaf.copy())  # an array would keep what it once gave to the host
+        digest.update(host.reshape(-1).view("uint8"))
     return digest.hexdigest()[:16]
 
 
-@jax.jit
-def _bit_sum(leaf):
-    """The sum of the numbers' bits, each times its odd place, modulo 2^32."""
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
-    places = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis, size in enumerate(leaf.shape):
-        places = places * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    return jnp.sum(bits.astype(jnp.uint32) * (2 * places + 1), dtype=jnp.uint32)
-
-
-def _of_run(run: re.Match, mesh: Mesh, dtype: str | None):
-    found = runs.trained(run["workdir"], run["stage"], mesh=mesh, which=run["which"] or "last")
-    config = dataclasses.replace(found.model, dtype=dtype or found.model.dtype)
-    return config, found.load(), found.tokenizer, (found.eos_id,), found.step
-
-
-def _of_checkpoint(name: str, mesh: Mesh, dtype: str | None):
+def _stored(name: str, mesh: Mesh, dtype: str | None) -> runs.Stored:
+    run = None if Path(name).is_dir() else _RUN.fullmatch(name)
+    if run:
+        return runs.trained(run["workdir"], run["stage"], mesh=mesh, which=run["which"] or "last")
     if runs.is_run(name):
         raise InputError(f"{name}: is a run; name a stage of it, as in {name}:dpo")
     folder = convert.local_folder(name)
+    # Parameters come in what is computed in: no copy in float32 stands beside them.
     overrides = {} if dtype is None else {"dtype": dtype, "param_dtype": dtype}
-    config, params = convert.load_hf(folder, mesh=mesh, **overrides)
-    return config, params, folder, convert.eos_ids(folder), None
+    config = convert.hf_config(folder, **overrides)
+    load = lambda: convert.load_hf(folder, mesh=mesh, **overrides)[1]
+    return runs.Stored(config, folder, convert.eos_ids(folder), load, None)

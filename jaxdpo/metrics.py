@@ -13,10 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from jaxdpo import records
+from jaxdpo.records import Record, cut_log, line, read_log
 
 LINE_EVERY_SECONDS = 10.0  # where the output is no terminal
-Record = dict[str, int | float | None]
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 """Where people read what goes on; what they asked for goes to the standard output."""
@@ -24,7 +23,7 @@ console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 def read_metrics(folder: str | Path) -> list[Record]:
     """The records of a stage in order; a line cut short by a kill is left out."""
-    return records.read_log(Path(folder) / "metrics.jsonl")
+    return read_log(Path(folder) / "metrics.jsonl")
 
 
 class MetricsWriter:
@@ -37,7 +36,7 @@ class MetricsWriter:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "metrics.jsonl"
-        records.cut_log(file, lambda record: after is not None and record["step"] <= after)
+        cut_log(file, lambda record: after is not None and record["step"] <= after)
         self._file = open(file, "a", encoding="utf-8")
         purge = 0 if after is None else after + 1
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
@@ -45,7 +44,7 @@ class MetricsWriter:
     def write(self, record: Record) -> None:
         """One line; a value that is not finite is written as null."""
         finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
-        self._file.write(records.line(finite))
+        self._file.write(line(finite))
         for name, value in record.items():
             if name != "step":
                 self._board.add_scalar(name, value, record["step"])

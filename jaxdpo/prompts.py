@@ -5,12 +5,11 @@ by file and line. Left out: token ids (`tokens`), and what is said to a prompt (
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxdpo import InputError
-from jaxdpo.metrics import console
 from jaxdpo.pairs import DataReport, read_pairs
 
 SUFFIXES = (".txt", ".jsonl")
@@ -40,24 +39,25 @@ def collected(
     format: str | None = None,
     split: str | None = None,
     limit: int | None = None,
-) -> list[Prompt]:
+) -> tuple[list[Prompt], DataReport | None]:
     """The prompts of one source: given one by one, in a file, or those of a data set.
 
     `format` ("pairs"), `split` ("train") and `limit` are the data set's, and go to
-    `pairs.read_pairs`. Raises `InputError` for what is no source, several, or without effect.
+    `pairs.read_pairs`; each of its prompts is taken once, bad rows are counted in the report
+    that comes with them. Raises `InputError` for what is no source, several, or without effect.
     """
     if sum(map(bool, (prompt, prompts, data))) != 1:
         raise InputError("give one of prompt (once or more), prompts (a file), data (a data set)")
-    for name, value in {"format": format, "split": split, "limit": limit}.items():
-        if value is not None and not data:
+    given = {"format": format, "split": split, "limit": limit}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not data:
+        for name in given:
             raise InputError(f"{name}: has no effect without data; leave it out")
-    if prompt:
-        return typed(prompt)
-    if prompts:
-        return from_file(prompts)
-    found, report = from_data(data, format=format or "pairs", split=split or "train", limit=limit)
-    console.print(str(report), markup=False)
-    return found
+        return (typed(prompt) if prompt else from_file(prompts)), None
+    pairs, report = read_pairs(data, **{"format": "pairs"} | given, max_bad_fraction=1.0)
+    first = {pair.prompt: pair.line for pair in reversed(pairs)}
+    lines = sorted(first.items(), key=lambda item: item[1])
+    return [Prompt((text,), f"{data} line {line}") for text, line in lines], report
 
 
 def typed(texts: Sequence[str]) -> list[Prompt]:
@@ -86,31 +86,21 @@ def from_file(file: str | Path) -> list[Prompt]:
         lines.pop()  # what follows the last line's end is no line
     if not lines:
         raise InputError(f"{file}: is empty; give a line for each prompt")
-    return list(_prompts(lines, str(file), json_lines=path.suffix == ".jsonl"))
+    places = [f"{file} line {number}" for number in range(1, len(lines) + 1)]
+    texts = _texts if path.suffix == ".jsonl" else lambda line, place: [line]
+    return [_prompt(texts(*each), each[1]) for each in zip(lines, places, strict=True)]
 
 
-def from_data(
-    source: str, *, format: str, split: str = "train", limit: int | None = None
-) -> tuple[list[Prompt], DataReport]:
-    """The prompts of a data set in their order, each once, and what was read.
+def tail(text: str, most: int = 60) -> str:
+    """The end of a text, on one line.
 
-    The arguments are those of `pairs.read_pairs`, and so is what raises.
+    >>> tail("one\\ntwo", 5)
+    '…e⏎two'
     """
-    pairs, report = read_pairs(source, format=format, split=split, limit=limit)
-    first = {pair.prompt: pair.line for pair in reversed(pairs)}
-    lines = sorted(first.items(), key=lambda item: item[1])
-    return [Prompt((text,), f"{source} line {line}") for text, line in lines], report
+    return ("…" if len(text) > most else "") + text[-most:].replace("\n", "⏎")
 
 
-def _prompts(lines: list[str], file: str, *, json_lines: bool) -> Iterator[Prompt]:
-    for number, line in enumerate(lines, 1):
-        place = f"{file} line {number}"
-        if not line.strip():
-            raise InputError(f"{place}: is blank; give a prompt, or delete the line")
-        yield _prompt(_fields(line, place) if json_lines else [line], place)
-
-
-def _fields(line: str, place: str) -> list[str]:
+def _texts(line: str, place: str) -> list[str]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

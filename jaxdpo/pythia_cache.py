@@ -6,7 +6,6 @@ nothing else. The prompt's nodes serve all beams. Left out: what is chosen (`dec
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -203,15 +202,11 @@ def decoding_params(
     Layers are unrolled, because a scan over them copies each layer's part of the pool at
     every step. Parameters are cast to `config.dtype`, split over the mesh's `tensor` axis and
     repeated over the others: gathering them over `fsdp` would cost their size every token.
+    What is as it should be is not copied.
     """
     config = dataclasses.replace(config, scan_layers=False, param_dtype=config.dtype, remat="none")
-    return CachedPythia(config), _converted(params, config.dtype, mesh)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _converted(params: dict[str, Any], dtype: str, mesh: Mesh | None) -> dict[str, Any]:
     params = unstack_layers(params) if "layers" in params else params
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    if mesh is None:
-        return params
-    return jax.lax.with_sharding_constraint(params, sharding.decoding_shardings(params, mesh))
+    params = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
+    if mesh is not None:
+        params = jax.device_put(params, sharding.decoding_shardings(params, mesh))
+    return CachedPythia(config), params

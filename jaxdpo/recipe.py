@@ -24,7 +24,8 @@ from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.step import Objective, decayed, preference_objective, rmsprop, sft_objective, warmup
 
 STAGES = ("sft", "dpo")
-TINY, HUGE = 1e-12, math.inf  # what must be positive; what has no upper limit
+TINY, HUGE = 1e-12, 1e30  # what must be positive; what has no other upper limit
+OBSERVING = ("samples", "sample_tokens")  # keys of a stage that train nothing
 RANGES = {
     **dict.fromkeys(("batch_size", "eval_batch_size", "micro_batches", "epochs"), (1, HUGE)),
     **dict.fromkeys(("pairs_per_row", "num_buckets", "max_skipped_in_a_row"), (1, HUGE)),
@@ -156,16 +157,16 @@ def begun(folder: Path) -> bool:
 def claim(config: ConfigDict, workdir: Path) -> None:
     """Make the folder this configuration's; refuse it if another's has begun to train in it.
 
-    The mesh may change (a run goes on, to rounding, on other devices), and so may the keys
-    of a stage that has not begun.
+    The mesh may change (a run goes on, to rounding, on other devices), and so may what only
+    observes and the keys of a stage that has not begun.
     """
     file = workdir / "config.json"
     free = {"mesh"} | {name for name in STAGES if not begun(workdir / name)}
     wanted = json.loads(config.to_json_best_effort())
     if file.exists() and begun(workdir):
-        found = json.loads(file.read_text())
-        before, now = ({k: v for k, v in c.items() if k not in free} for c in (found, wanted))
-        if differ := records.differing(before, now):
+        free |= {f"{name}.{key}" for name in STAGES for key in OBSERVING}
+        differ = records.differing(records.read_json(file), wanted)
+        if differ := [key for key in differ if not {key, key.partition(".")[0]} & free]:
             raise InputError(
                 f"{workdir}: belongs to another configuration; these keys differ: "
                 f"{', '.join(differ)}. "
@@ -176,6 +177,8 @@ def claim(config: ConfigDict, workdir: Path) -> None:
         records.write_json(file, wanted)
     except OSError as error:
         raise InputError(f"--workdir {workdir}: cannot be written to ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError("configuration: every number must be finite") from error
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers")
     versions = {name: version(name) for name in packages}
     devices = {"devices": jax.device_count(), "kind": jax.devices()[0].device_kind}

@@ -10,23 +10,34 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxdpo import InputError
+
 Record = dict[str, Any]
 
 
 def write_json(file: Path, value: Any) -> None:
     """Write a whole file or none: a reader never sees half of it."""
-    _replace(file, json.dumps(value, indent=1) + "\n")
+    _replace(file, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(file: Path) -> Record:
+    """The object that a whole file holds; `InputError` that names the file where it is none."""
+    value = _parsed(file.read_bytes())
+    if value is None:
+        raise InputError(f"{file}: does not hold a whole JSON object; restore it")
+    return value
 
 
 def read_log(file: Path) -> list[Record]:
-    """The whole lines of a log, in order; none where there is no file."""
-    records = []
-    for line in file.read_bytes().split(b"\n") if file.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # only the last line can be no JSON: the writer was killed
-            break
-    return records
+    """The whole lines of a log, in order; none where there is no file.
+
+    Raises `InputError` for a line, other than half a last one, that is no record.
+    """
+    lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
+    records = [_parsed(text) for text in lines]
+    if None in records[:-1]:
+        raise InputError(f"{file} line {records.index(None) + 1}: is no record; restore the line")
+    return records if records[-1] else records[:-1]
 
 
 def write_log(file: Path, records: Iterable[Record]) -> None:
@@ -64,6 +75,14 @@ def differing(found: Record, wanted: Record, prefix: str = "") -> list[str]:
         elif key not in found or key not in wanted or json.dumps(sides[0]) != json.dumps(sides[1]):
             keys.append(prefix + key)
     return keys
+
+
+def _parsed(text: bytes) -> Record | None:
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _replace(file: Path, text: str) -> None:

@@ -5,7 +5,6 @@ Reads the configuration that the run saved; executes nothing. Left out: making a
 """
 
 import functools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,19 +17,20 @@ from ml_collections import ConfigDict
 from jaxdpo import InputError, convert, pythia, recipe, sharding
 from jaxdpo.checkpoint import Checkpoints, abstract
 from jaxdpo.pythia_config import PythiaConfig
+from jaxdpo.records import read_json
 from jaxdpo.tokens import eos_id, load_tokenizer
 
 WHICH = ("last", "best")
 
 
-class Trained(NamedTuple):
-    """A checkpoint of a stage: the model, what it speaks, and how its parameters are loaded."""
+class Stored(NamedTuple):
+    """A model on disk: what it is, what it speaks, and how its parameters are loaded."""
 
-    step: int
     model: PythiaConfig
-    tokenizer: Path
-    eos_id: int
+    tokenizer: Path  # a file, or the folder that holds it
+    eos_ids: tuple[int, ...]
     load: Callable[[], Any]
+    step: int | None  # of a checkpoint of a run
 
 
 def is_run(workdir: str | Path) -> bool:
@@ -42,12 +42,12 @@ def is_run(workdir: str | Path) -> bool:
     return (Path(workdir) / "config.json").is_file() and (Path(workdir) / "versions.json").is_file()
 
 
-def trained(workdir: str | Path, stage: str, *, mesh: Mesh, which: str = "last") -> Trained:
+def trained(workdir: str | Path, stage: str, *, mesh: Mesh, which: str = "last") -> Stored:
     """The last or best checkpoint of a stage; `InputError` without such a run or stage."""
     workdir = Path(os.path.abspath(workdir))
     if not is_run(workdir):
         raise InputError(f"{workdir}: no run there (it has no config.json and versions.json)")
-    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    config = ConfigDict(read_json(workdir / "config.json"))
     if which not in WHICH:
         raise InputError(f"{workdir}: which={which!r} is unknown; {' or '.join(WHICH)}")
     there = [name for name in config.stages if (workdir / name / "checkpoints").exists()]
@@ -60,7 +60,7 @@ def trained(workdir: str | Path, stage: str, *, mesh: Mesh, which: str = "last")
     tokenizer = recipe.tokenizer_file(config, workdir)
     eos = eos_id(load_tokenizer(tokenizer), config.eos_token)
     step, load = checkpointed(workdir / stage, model, mesh, which)
-    return Trained(step, model, tokenizer, eos, load)
+    return Stored(model, tokenizer, (eos,), load, step)
 
 
 def checkpointed(
@@ -97,5 +97,5 @@ def export(workdir: str | Path, stage: str, to: str | Path, *, which: str = "las
     """
     found = trained(workdir, stage, mesh=sharding.make_mesh(), which=which)
     convert.save_hf(
-        to, found.model, found.load(), tokenizer_from=found.tokenizer, eos_id=found.eos_id
+        to, found.model, found.load(), tokenizer_from=found.tokenizer, eos_id=found.eos_ids[0]
     )

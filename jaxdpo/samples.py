@@ -15,21 +15,21 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 from jaxdpo import InputError, decoding
+from jaxdpo.completions import completion, memory, rows_of
 from jaxdpo.metrics import console
+from jaxdpo.prompts import tail
 from jaxdpo.pythia_cache import decoding_params
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import Record, cut_log, line
 from jaxdpo.tokens import TokenStore
 
-TAIL = 60  # characters of a prompt on the console
-
 
 @dataclasses.dataclass(frozen=True)
-class Samples:
-    """Called with a step and parameters: says what they say, and appends it to `file`.
+class Hearing:
+    """Called with a step and parameters: hears what they say, and appends it to `file`.
 
     `prompts` are token ids. A record has `step`, `prompt`, `text` (without the end token),
-    `ended` (by an end token) and `logps`, the text's log-probability.
+    `ended` (by an end token) and `logps`, the log-probability of the text and its end token.
     """
 
     name: str  # of the stage
@@ -59,28 +59,27 @@ class Samples:
         with open(self.file, "a", encoding="utf-8") as log:
             log.writelines(map(line, records))
         for record in records:
-            prompt = record["prompt"][-TAIL:].replace("\n", "⏎")
             said = record["text"].replace("\n", "⏎") + ("" if record["ended"] else "…")
-            console.print(Text.assemble(f"{self.name} {step}: …{prompt} ▸", (said, "bold")))
+            before = f"{self.name} {step}: {tail(record['prompt'])} ▸"
+            console.print(Text.assemble(before, (said, "bold")))
 
     def _records(self, step: int, params: Any) -> Iterator[Record]:
-        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        lm = decoding.LM(*decoding_params(self.model, params, self.mesh))
         found = decoding.greedy(
-            lm,
+            decoding.LM(*decoding_params(self.model, params, self.mesh)),
             self.prompts,
             self.constraints,
-            batch_size=-(-len(self.prompts) // rows) * rows,
+            batch_size=rows_of(self.mesh, len(self.prompts)),
             mesh=self.mesh,
+            memory_limit=memory(self.mesh),
         )
         for prompt, hypothesis in zip(self.prompts, found, strict=True):
-            said = hypothesis.tokens[:-1] if hypothesis.ended else hypothesis.tokens
+            said = completion(hypothesis, self.tokenizer)
             yield {
                 "step": step,
                 "prompt": self.tokenizer.decode(prompt, skip_special_tokens=False),
-                "text": self.tokenizer.decode(said.tolist(), skip_special_tokens=False),
-                "ended": hypothesis.ended,
-                "logps": hypothesis.score if math.isfinite(hypothesis.score) else None,
+                "text": said["text"],
+                "ended": said["ended"],
+                "logps": said["logps"] if math.isfinite(said["logps"]) else None,
             }
 
 

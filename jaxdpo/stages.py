@@ -29,7 +29,7 @@ from jaxdpo.decoding import Constraints
 from jaxdpo.metrics import ProgressLine, console, read_metrics
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import write_json
-from jaxdpo.samples import Samples, first_prompts
+from jaxdpo.samples import Hearing, first_prompts
 from jaxdpo.step import (
     Objective,
     initial_state,
@@ -74,7 +74,7 @@ class Stage(NamedTuple):
     schedule: optax.Schedule
     objective: Objective
     expected_first_loss: float | None
-    samples: Samples | None
+    samples: Hearing | None
 
 
 class Start(NamedTuple):
@@ -147,11 +147,11 @@ def _prepared(this: Run, name: str) -> Stage:
     return Stage(name, settings, folder, batches, tx, schedule, objective, expected, samples)
 
 
-def _samples(this: Run, name: str, store: TokenStore) -> Samples | None:
+def _samples(this: Run, name: str, store: TokenStore) -> Hearing | None:
     settings = this.config[name]
     if not settings.samples:
         return None
-    samples = Samples(
+    samples = Hearing(
         name,
         this.workdir / name / "samples.jsonl",
         this.model,

@@ -2,45 +2,70 @@
 
 Beside the file stands what made it, `FILE.settings.json`; a file that was made otherwise is
 not touched. A prompt's line does not depend on the others, so a file that was finished in
-pieces says what one finished at once says.
+pieces says what one finished at once says, up to rounding: where two tokens are as good as
+equal (as they often are in bfloat16), prompts decoded beside others may take the other one.
 """
 
-import json
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
 from jaxdpo import InputError
-from jaxdpo.completions import Decoder, Request, completions, decoder, settings
+from jaxdpo.completions import Decoder, completions, settings
 from jaxdpo.metrics import ProgressLine, console
-from jaxdpo.prompts import Prompt
-from jaxdpo.records import Record, differing, line, read_log, write_json, write_log
+from jaxdpo.prompts import Prompt, tail
+from jaxdpo.records import Record, differing, line, read_json, read_log, write_json, write_log
 
 ROWS = 20  # of the table
-TAIL = 48  # characters of a prompt
 
 
-def decode(
-    request: Request, prompts: Sequence[Prompt], *, out: str | Path | None, batch_size: int = 8
-) -> list[Record]:
+def check(out: str | Path | None) -> None:
+    """Raise `InputError` for a file that is another's, or cannot be written; makes its folder.
+
+    It wants no model: whoever loads one calls this first.
+    """
+    if out is None:
+        return
+    file = Path(out)
+    if not file.name:
+        raise InputError(f"out={str(out)!r}: names no file")
+    try:
+        if file.exists() and not _sidecar(file).is_file():
+            raise InputError(
+                f"{file}: exists, and no {_sidecar(file).name} says what made it; "
+                "name another file, or move that one away"
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written to ({error.strerror})") from error
+
+
+def decode(ready: Decoder, prompts: Sequence[Prompt], *, out: str | Path | None) -> list[Record]:
     """The completions of all prompts, in `out` (None: in no file) as they finish.
 
     A record has the `index` of a prompt, its text as `prompt` (or `prompts`, one for each
-    model) and its `completions`; see `completions.completions`. Raises `InputError` where
-    `out` is a file of something else, or was made with other settings.
+    model) and its `completions`; see `completions.completions`. Raises `InputError`, before
+    anything is written, where `out` is a file of something else or of other settings, or a
+    prompt cannot be decoded.
     """
     file = None if out is None else Path(out)
-    if file is not None:
-        _refuse_foreign(file)  # before a model is loaded
-    ready = decoder(request, batch_size=batch_size)
-    records = [] if file is None else _begun(file, settings(ready, prompts))
-    if len(records) == len(prompts):
+    made_by = settings(ready, prompts)
+    there = [] if file is None else _there(file, made_by)
+    done = {record["index"] for record in there}
+    left = [index for index in range(len(prompts)) if index not in done]
+    found = completions(ready, [prompts[index] for index in left], numbers=left)
+    if not left:
         console.print(f"{file}: holds the completions of all {len(prompts)} prompts already")
-    else:
-        records += _written(ready, prompts, records, file)
+    elif file is not None:
+        if not there:
+            write_json(_sidecar(file), made_by)
+        write_log(file, there)  # without half a line that a killed writer left
+    records = there + _written(found, prompts, left, file)
     ordered = sorted(records, key=lambda record: record["index"])
     if file is not None and ordered != records:
         write_log(file, ordered)
@@ -60,7 +85,8 @@ def table(records: Sequence[Record]) -> Table:
     for record, one in said[:ROWS]:
         if record is not before and before is not None:
             shown.add_section()
-        prompt = "" if record is before else _tail(record)
+        prompt = record.get("prompt") or record["prompts"][0]
+        prompt = "" if record is before else tail(prompt)
         shown.add_row(Text(prompt), Text(one["text"]), *(_cell(one[name]) for name in columns))
         before = record
     if len(said) > ROWS:
@@ -69,25 +95,24 @@ def table(records: Sequence[Record]) -> Table:
 
 
 def _written(
-    ready: Decoder, prompts: Sequence[Prompt], there: list[Record], file: Path | None
+    found: Iterable[tuple[int, list[Record]]],
+    prompts: Sequence[Prompt],
+    left: list[int],
+    file: Path | None,
 ) -> list[Record]:
-    """The records that are not there yet, each appended to the file once it is done."""
-    done = {record["index"] for record in there}
-    left = [index for index in range(len(prompts)) if index not in done]
-    asked, records = [prompts[index] for index in left], []
-    if file is not None:
-        write_log(file, there)  # without half a line that a killed writer left
+    """The records of what is found for the prompts that are left, each appended at once."""
+    records, done = [], len(prompts) - len(left)
     with (
         open(file or os.devnull, "a", encoding="utf-8") as log,
-        ProgressLine("decoded", len(prompts), start=len(done), unit="prompts") as progress,
+        ProgressLine("decoded", len(prompts), start=done, unit="prompts") as progress,
     ):
-        for place, found in completions(ready, asked, numbers=left):
-            texts = asked[place].texts
+        for place, said in found:
+            texts = prompts[left[place]].texts
             prompt = {"prompt": texts[0]} if len(texts) == 1 else {"prompts": list(texts)}
-            records.append({"index": left[place]} | prompt | {"completions": found})
+            records.append({"index": left[place]} | prompt | {"completions": said})
             log.write(line(records[-1]))
             log.flush()
-            progress.update(len(done) + len(records), seen=len(records))
+            progress.update(done + len(records), seen=len(records))
     return records
 
 
@@ -95,37 +120,28 @@ def _sidecar(file: Path) -> Path:
     return file.with_name(file.name + ".settings.json")
 
 
-def _refuse_foreign(file: Path) -> None:
-    if file.exists() and not _sidecar(file).is_file():
+def _there(file: Path, wanted: Record) -> list[Record]:
+    """The records that the file holds already, each of another of the wanted prompts."""
+    check(file)
+    records = read_log(file)
+    if not records:  # an attempt that came to nothing binds nobody
+        return []
+    made_by = read_json(_sidecar(file)) | {"notes": wanted["notes"]}
+    if differ := differing(made_by, wanted):
         raise InputError(
-            f"{file}: exists, and no {_sidecar(file).name} says what made it; "
-            "name another file, or move that one away"
+            f"{file}: was made with other settings; these differ: {', '.join(differ)}. "
+            "Name another file, or set them back"
         )
-
-
-def _begun(file: Path, wanted: Record) -> list[Record]:
-    """The whole lines that the file holds already; the file is this request's from here on."""
-    wanted = json.loads(json.dumps(wanted))
-    if file.exists():
-        differ = differing(json.loads(_sidecar(file).read_text()), wanted)
-        if differ:
+    left = set(range(wanted["prompts"]["number"]))
+    for number, record in enumerate(records, 1):
+        index = record.get("index")
+        if type(index) is not int or index not in left:
             raise InputError(
-                f"{file}: was made with other settings; these differ: {', '.join(differ)}. "
-                "Name another file, or set them back"
+                f"{file} line {number}: index {index} is of no prompt, or stands there before; "
+                "delete the line"
             )
-        return read_log(file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(_sidecar(file), wanted)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written to ({error.strerror})") from error
-    return []
-
-
-def _tail(record: Record) -> str:
-    prompt = record.get("prompt") or record["prompts"][0]
-    tail = prompt if len(prompt) <= TAIL else f"…{prompt[-TAIL:]}"
-    return tail.replace("\n", "⏎")
+        left.remove(index)
+    return records
 
 
 def _cell(value: float | int | bool) -> str:

@@ -17,10 +17,10 @@ from absl import flags
 from jaxdpo import InputError, convert, recipe, runs, sharding
 
 CHECK = flags.DEFINE_string("check", None, "Folder, or hub name owner/name, of a checkpoint.")
-REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit on the hub.")
+REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of --check on the hub.")
 WORKDIR = flags.DEFINE_string("workdir", None, "A run whose parameters are written.")
-STAGE = flags.DEFINE_enum("stage", "dpo", recipe.STAGES, "Which stage of the run.")
-WHICH = flags.DEFINE_enum("which", "last", runs.WHICH, "Which of its checkpoints.")
+STAGE = flags.DEFINE_enum("stage", "dpo", recipe.STAGES, "The stage of --workdir that is written.")
+WHICH = flags.DEFINE_enum("which", "last", runs.WHICH, "The checkpoint of --stage that is written.")
 TO = flags.DEFINE_string("to", None, "The Hugging Face folder to write.")
 
 

@@ -1,6 +1,7 @@
 """What every launcher does around its one call: the environment, the flags, the exit status.
 
-Exit status: 0 done, 2 a mistake in what the user gave (one line, never a traceback), 1 a bug.
+`--help` shows the launcher's docstring and its flags. Exit status: 0 done, 2 a mistake in what
+the user gave (one line, never a traceback), 1 a bug.
 """
 
 import os
@@ -22,6 +23,9 @@ from jaxdpo import InputError
 def run(main: Callable[[], None]) -> None:
     """Parse the command line, call `main`, and end the process with the right status."""
     console = Console(stderr=True, soft_wrap=True)
+    if "--help" in sys.argv[1:]:
+        print(sys.modules[main.__module__].__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        sys.exit(0)
     try:
         try:
             arguments = flags.FLAGS(sys.argv)

@@ -18,16 +18,16 @@ TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "A tokenizer.json, or its folder.", required=True
 )
 FORMAT = flags.DEFINE_enum("format", "pairs", list(pairs.FORMATS), "What the rows look like.")
-SPLIT = flags.DEFINE_string("split", "train", "Of a hub data set.")
+SPLIT = flags.DEFINE_string("split", "train", "Of --data on the hub.")
 ROW = flags.DEFINE_integer("row", 0, "Which of the good examples to show, from 0.", lower_bound=0)
-PACKED = flags.DEFINE_integer(
-    "pairs_per_row", 1, "That and the next ones in one row.", lower_bound=1
-)
+PACKED = flags.DEFINE_integer("pairs_per_row", 1, "Examples in the row.", lower_bound=1)
 EOS = flags.DEFINE_string("eos_token", "<|endoftext|>", "The token that ends a response.")
 MAX_LENGTH = flags.DEFINE_integer("max_length", 512, "Tokens of prompt and response.")
-MAX_PROMPT = flags.DEFINE_integer("max_prompt_length", 256, "See truncation.")
-TRUNCATION = flags.DEFINE_enum("truncation", "official", tokens.TRUNCATIONS, "What gives.")
-LAYOUT = flags.DEFINE_enum("layout", "shared", LAYOUTS, "One row a pair, or two.")
+MAX_PROMPT = flags.DEFINE_integer(
+    "max_prompt_length", 256, "Tokens of a prompt; see tokens.Limits."
+)
+TRUNCATION = flags.DEFINE_enum("truncation", "official", tokens.TRUNCATIONS, "How to cut.")
+LAYOUT = flags.DEFINE_enum("layout", "shared", LAYOUTS, "One row for a pair, or two.")
 
 
 def main() -> None:

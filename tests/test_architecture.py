@@ -9,6 +9,10 @@ ROOT = Path(__file__).parents[1]
 # Pure: arrays in, arrays out. Each may import only these modules of the project.
 PURE = {"qfunction": set(), "losses": {"qfunction"}, "sharding": set()}
 PURE |= {"pythia": {"pythia_config"}, "pythia_config": set()}
+PURE |= {"pythia_cache": {"pythia", "pythia_config", "sharding"}}
+# Decoding knows no model: it is given one.
+DECODING = {"scorers", "hypotheses", "top_k", "sample", "beam", "loop", "schedule"}
+PURE |= dict.fromkeys([f"decoding/{module}" for module in (*DECODING, "__init__")], DECODING)
 # Libraries that bring files, flags, clocks or other people's models.
 EFFECTS = {"orbax", "transformers", "datasets", "ml_collections", "absl", "tokenizers", "grain"}
 EFFECTS |= {"safetensors", "huggingface_hub", "os", "time", "pathlib", "json", "rich", "pyarrow"}

@@ -196,6 +196,11 @@ REFUSED = {
     "length_norm='mean'": dict(rule=Beams(2, length_norm="mean")),
     "num_samples=0": dict(rule=Samples(0)),
     "temperature=0": dict(rule=Samples(1, Warp(temperature=0))),
+    "temperature=inf": dict(rule=Samples(1, Warp(temperature=float("inf")))),
+    "length_penalty=nan": dict(rule=Beams(2, length_penalty=float("nan"))),
+    "exponents [1.0, inf] must be finite": dict(
+        scorer=Product(PAIR, jnp.array([1.0, float("inf")]))
+    ),
     "top_k=0": dict(rule=Samples(1, Warp(top_k=0))),
     "top_p=1.5": dict(rule=Beams(2, warp=Warp(top_p=1.5))),
     "prompt 1: is empty": dict(prompts=([1], [])),
@@ -214,7 +219,9 @@ REFUSED = {
         scorer=Product(PAIR, jnp.ones(2), "sequence"), rule=Samples(1, Warp())
     ),
     "vocabularies have 7 and 9 ids": dict(scorer=Product((TABLE(7), TABLE(9)), jnp.ones(2))),
-    "prompt 0: 3 for 2 models": dict(scorer=Product(PAIR, jnp.ones(2)), prompts=([[1], [1], [1]],)),
+    "prompt 0: 3 lists of ids for 2 models": dict(
+        scorer=Product(PAIR, jnp.ones(2)), prompts=([[1], [1], [1]],)
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,10 +43,11 @@ def test_inspect_data_shows_the_row_that_was_asked_for(data):
 
 
 def test_decode_shows_and_writes_what_a_model_says(tmp_path):
-    out, file = tmp_path / "said.jsonl", tmp_path / "asked.txt"
-    file.write_text("\n".join(TEXTS))
+    out, file = tmp_path / "said.jsonl", tmp_path / "asked.jsonl"
+    rows = [{"prompt": text, "chosen": " a", "rejected": " b"} for text in (*TEXTS, "")]
+    file.write_text("\n".join(map(json.dumps, rows)))
     done = run(
-        "decode", "--model", checkpoint(tmp_path / "policy", seed=1), "--prompts", file,
+        "decode", "--model", checkpoint(tmp_path / "policy", seed=1), "--data", file,
         "--method", "sample", "--num_samples", 2, "--max_new_tokens", 5, "--out", out,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -56,8 +58,17 @@ def test_decode_shows_and_writes_what_a_model_says(tmp_path):
         for one in record["completions"]:
             assert 1 <= one["length"] <= 5 and f"{one['logps']:.3f}" in done.stdout
     settings = json.loads((tmp_path / "said.jsonl.settings.json").read_text())
-    assert (settings["num_samples"], settings["max_new_tokens"]) == (2, 5)
-    assert "decoded 4/4" in done.stderr
+    assert (settings["rule"]["num_samples"], settings["max_new_tokens"]) == (2, 5)
+    assert "decoded 4/4" in done.stderr and f"{file} " in done.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize("launcher", ["convert", "decode", "inspect_data", "train"])
+def test_help_says_what_a_launcher_does_and_each_flag(launcher):
+    done = run(launcher, "--help")
+    assert done.returncode == 0 and f"python launch/{launcher}.py --" in done.stdout
+    source = (ROOT / f"launch/{launcher}.py").read_text()
+    names = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)
+    assert len(names) >= 2 and all(f"  --{name}:" in done.stdout for name in names)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +86,7 @@ def test_decode_shows_and_writes_what_a_model_says(tmp_path):
             ["--model", "x", "--prompt", "a", "--temperature", "0.5"],
             "temperature: has no effect on greedy",
         ),
+        ("decode", ["--model", "x", "--prompt", "a", "--out", ""], "out='': names no file"),
         ("convert", ["--check", "{data}"], "config.json"),
         ("convert", ["--workdir", "{data}", "--to", "x"], "no run there"),
         ("convert", ["--check", "{data}", "--to", "x"], "give either"),

@@ -35,15 +35,25 @@ def test_a_json_file_has_one_text_or_one_for_each_model(tmp_path):
 def test_a_data_set_gives_each_prompt_once_where_it_stands_first(tmp_path):
     rows = [{"prompt": p, "chosen": f" {i}", "rejected": " x"} for i, p in enumerate("baab")]
     file = written(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
-    found = prompts.collected(data=str(file))
-    assert found == [Prompt(("b",), f"{file} line 1"), Prompt(("a",), f"{file} line 2")]
-    assert prompts.collected(data=str(file), limit=1) == found[:1]
+    found, report = prompts.collected(data=str(file))
+    assert report.rows == 4 and found == [
+        Prompt(("b",), f"{file} line 1"),
+        Prompt(("a",), f"{file} line 2"),
+    ]
+    assert prompts.collected(data=str(file), limit=1)[0] == found[:1]
+
+
+def test_bad_rows_of_a_data_set_are_counted_and_left_out(tmp_path):
+    good = {"prompt": "a", "chosen": " b", "rejected": " c"}
+    file = written(tmp_path, "a.jsonl", "\n".join(map(json.dumps, [{"prompt": 3}, good])))
+    found, report = prompts.collected(data=str(file))
+    assert found == [Prompt(("a",), f"{file} line 2")] and (report.rows, report.kept) == (2, 1)
 
 
 WRONG = {
     "empty file": ("a.txt", "", "a.txt: is empty"),
-    "blank line": ("a.txt", "one\n \nthree", "a.txt line 2: is blank"),
-    "blank last line": ("a.txt", "one\n\n", "a.txt line 2: is blank"),
+    "blank line": ("a.txt", "one\n \nthree", "a.txt line 2: is empty"),
+    "blank last line": ("a.txt", "one\n\n", "a.txt line 2: is empty"),
     "not text": ("a.txt", b"\xff\xfe", "a.txt: not a readable text file"),
     "suffix": ("a.csv", "one", "a.csv: prompts stand in a .txt or .jsonl"),
     "not JSON": ("a.jsonl", '{"prompt": "a"}\n{"prompt', "a.jsonl line 2: not JSON"),
@@ -56,7 +66,7 @@ WRONG = {
     "an empty list": ("a.jsonl", '{"prompts": []}', "prompts a list of strings"),
     "an empty prompt": ("a.jsonl", '{"prompt": " "}', "line 1: is empty"),
     "one empty of several": ("a.jsonl", '{"prompts": ["a", ""]}', "line 1: is empty"),
-    "blank JSON line": ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"}', "line 2: is blank"),
+    "blank JSON line": ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"}', "line 2: not JSON"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import math
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_a_misspelt_key_is_an_error_in_a_recipe_too():
 
 
 @pytest.mark.parametrize("key", sorted(recipe.RANGES))
-@pytest.mark.parametrize("value", [-1, math.nan], ids=["negative", "nan"])
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf], ids=["negative", "nan", "infinite"])
 def test_every_number_has_a_range(key, value):
     config = recipe.blank()
     config.model.name = "pythia-70m"
@@ -77,3 +78,40 @@ def test_decay_reaches_its_end():
     _, schedule = recipe.optimizer("sft", config.sft, 10)
     rates = [float(schedule(step)) for step in (0, 5, 10)]
     assert rates == pytest.approx([1.0, 0.55, 0.1], rel=1e-6)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A work directory in which dpo has begun."""
+    recipe.claim(recipe.blank(), tmp_path)
+    (tmp_path / "dpo").mkdir()
+    (tmp_path / "dpo/metrics.jsonl").write_text("")
+    return tmp_path
+
+
+def test_what_only_observes_may_change_while_a_run_goes_on(begun):
+    config = recipe.blank()
+    config.dpo.samples, config.dpo.sample_tokens = 4, 7
+    recipe.claim(config, begun)
+    file = begun / "config.json"
+    old = json.loads(file.read_text())
+    del old["dpo"]["samples"], old["dpo"]["sample_tokens"]
+    file.write_text(json.dumps(old))  # as one from before there were such keys
+    recipe.claim(config, begun)
+    assert json.loads(file.read_text())["dpo"]["samples"] == 4
+    config.sft.epochs, config.dpo.beta, config.seed = 3, 0.2, 1  # sft has not begun
+    with pytest.raises(InputError, match="these keys differ: dpo.beta, seed. "):
+        recipe.claim(config, begun)
+
+
+def test_a_spoilt_config_is_named(begun):
+    (begun / "config.json").write_text('{"seed": ')
+    with pytest.raises(InputError, match="config.json: does not hold a whole JSON object"):
+        recipe.claim(recipe.blank(), begun)
+
+
+def test_a_number_that_no_file_can_hold_is_refused(tmp_path):
+    config = recipe.blank()
+    config.dpo.data.max_bad_fraction = math.nan
+    with pytest.raises(InputError, match="every number must be finite"):
+        recipe.claim(config, tmp_path)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxdpo import records
+from jaxdpo import InputError, records
 
 
 @pytest.mark.parametrize("half", ['{"n": 2, "te', '{"n": 2', '{"n": 2, "text": "\u00e9'])
@@ -17,6 +17,24 @@ def test_half_a_line_is_left_out_and_cut(tmp_path, half):
     assert records.read_log(file) == whole
     assert records.cut_log(file, lambda record: record["n"] < 1) == whole[:1]
     assert file.read_text(encoding="utf-8") == records.line(whole[0])
+
+
+@pytest.mark.parametrize("wrong", ['{"n": 1, "te', "", "3", "[]"])
+def test_a_line_before_the_last_that_is_no_record_is_named(tmp_path, wrong):
+    file = tmp_path / "a.jsonl"
+    file.write_text(f'{{"n": 0}}\n{wrong}\n{{"n": 2}}\n')
+    with pytest.raises(InputError, match="a.jsonl line 2: is no record"):
+        records.read_log(file)
+
+
+@pytest.mark.parametrize("wrong", ['{"n": 1', "", "3", '{"n": "\udcff"}'])
+def test_a_whole_file_that_is_no_object_is_named(tmp_path, wrong):
+    file = tmp_path / "a.json"
+    file.write_bytes(wrong.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match="a.json: does not hold a whole JSON object"):
+        records.read_json(file)
+    records.write_json(file, {"n": 1})
+    assert records.read_json(file) == {"n": 1}
 
 
 def test_no_file_is_an_empty_log(tmp_path):
@@ -33,9 +51,11 @@ def test_a_whole_file_replaces_the_old_one_and_leaves_nothing_else(tmp_path):
     assert json.loads(file.read_text()) == {"b": [2]} and list(tmp_path.iterdir()) == [file]
 
 
-def test_numbers_that_are_not_json_are_no_line():
-    with pytest.raises(ValueError):
-        records.line({"x": float("nan")})
+def test_numbers_that_are_not_json_are_not_written(tmp_path):
+    for write in (records.line, lambda value: records.write_json(tmp_path / "a.json", value)):
+        with pytest.raises(ValueError):
+            write({"x": float("nan")})
+    assert not list(tmp_path.iterdir())
 
 
 def test_keys_that_differ_are_named_with_their_path():

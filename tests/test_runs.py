@@ -20,7 +20,7 @@ def workdir(tmp_path_factory):
 @pytest.mark.parametrize("which, step", [("last", 8), ("best", 5)])
 def test_a_stage_gives_its_last_or_best_model(workdir, which, step):
     found = runs.trained(workdir, "dpo", mesh=sharding.make_mesh(), which=which)
-    assert (found.step, found.eos_id) == (step, 0)
+    assert (found.step, found.eos_ids) == (step, (0,))
     assert found.model == MODEL and found.tokenizer == workdir / "tokenizer.json"
     chex.assert_trees_all_equal(jax.device_get(found.load()), jax.device_get(spoken(step)))
 

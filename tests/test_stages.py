@@ -19,7 +19,7 @@ from jaxdpo.metrics import read_metrics
 from jaxdpo.pythia import init_params
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import read_log
-from jaxdpo.samples import Samples
+from jaxdpo.samples import Hearing
 from jaxdpo.tokens import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -253,7 +253,7 @@ def test_samples_are_shown_and_kept_over_a_kill_and_change_nothing(finished, tmp
     config = recipe(
         stages=("sft",), sft__samples=3, sft__sample_tokens=6, sft__eval_every=3
     )  # checkpoints stand at even steps
-    say = Samples.__call__
+    say = Hearing.__call__
 
     def killed(samples, step, params):
         say(samples, step, params)
@@ -261,7 +261,7 @@ def test_samples_are_shown_and_kept_over_a_kill_and_change_nothing(finished, tmp
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Samples, "__call__", killed)
+        patch.setattr(Hearing, "__call__", killed)
         with pytest.raises(KeyboardInterrupt):
             stages.run(config, tmp_path)
     with open(tmp_path / "sft/samples.jsonl", "a") as log:

@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.table import Table
 
-from jaxdpo.metrics import Record, read_metrics
+from jaxdpo.metrics import read_metrics
+from jaxdpo.records import Record
 
 CHOSEN, REJECTED, TRAIN = "#1f6fb4", "#d1495b", "#444444"
 FIGURES = {"sft": "sft_loss.png", "dpo": "rewards.png"}

@@ -5,6 +5,7 @@ Candidates are scored per prompt: nothing here looks across the batch.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -73,6 +74,8 @@ class Beams:
                 f"beam_size={self.size}: must be between 1 and the {vocab_size} tokens that may "
                 "be chosen"
             )
+        if not math.isfinite(self.length_penalty):
+            raise InputError(f"length_penalty={self.length_penalty}: must be finite")
         if self.early_stopping not in (True, False, "never"):
             raise InputError(f"early_stopping={self.early_stopping!r}: True, False or 'never'")
         if self.length_norm not in ("generated", "total"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -36,8 +37,10 @@ class Warp:
 
     def check(self) -> None:
         """Raise `InputError` for what is out of range."""
-        if not self.temperature > 0:
-            raise InputError(f"temperature={self.temperature}: must be above 0; or decode greedily")
+        if not 0 < self.temperature < math.inf:
+            raise InputError(
+                f"temperature={self.temperature}: must be above 0 and finite; or decode greedily"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k={self.top_k}: must be at least 1, or None for all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -19,7 +19,6 @@ from jaxdpo import InputError
 from jaxdpo.decoding import loop
 from jaxdpo.decoding.hypotheses import Constraints, Hypotheses, Hypothesis, State
 from jaxdpo.decoding.loop import Rule
-from jaxdpo.decoding.sample import Samples
 from jaxdpo.decoding.scorers import Scorer
 
 Prompt = Sequence[int] | Sequence[Sequence[int]]
@@ -66,13 +65,51 @@ class Search:
         gives the same whatever it is decoded with. Longest prompts come first: what does
         not fit into memory fails at once.
         """
-        self._check()
-        prompts = [self._for_each_model(place, prompt) for place, prompt in enumerate(prompts)]
+        self.check()
+        prompts = [self._checked(place, prompt) for place, prompt in enumerate(prompts)]
         order = sorted(range(len(prompts)), key=lambda i: [-len(ids) for ids in prompts[i]])
         numbers = range(len(prompts)) if numbers is None else numbers
         for at in range(0, len(order), self.batch_size):
             places = order[at : at + self.batch_size]
             yield from self._run_batch(places, prompts, numbers)
+
+    def check(self) -> None:
+        """Raise `InputError` for what cannot be searched, whatever the prompts."""
+        scorer, limits = self.scorer, self.constraints
+        if self.batch_size < 1 or self.batch_size % self._rows():
+            raise InputError(
+                f"batch_size={self.batch_size}: must be a multiple of the mesh's {self._rows()} "
+                "rows (data x fsdp)"
+            )
+        scorer.check(draws=self.rule.warp is not None)
+        sizes = sorted({lm.vocab_size for lm in scorer.models})
+        if limits.num_tokens is None and len(sizes) > 1:
+            raise InputError(
+                f"the models' vocabularies have {' and '.join(map(str, sizes))} ids: say how many "
+                "the tokenizer has (num_tokens), the rest being padding"
+            )
+        limits.check(scorer.vocab_size)
+        self.rule.check(limits.num_tokens or scorer.vocab_size, limits)
+
+    def checked(self, prompt: Prompt) -> tuple[np.ndarray, ...]:
+        """A prompt's ids for each model; `InputError` where it cannot be decoded."""
+        models = self.scorer.models
+        several = len(prompt) and not isinstance(prompt[0], int | np.integer)
+        each = tuple(prompt) if several else (prompt,) * len(models)
+        if len(each) != len(models):
+            raise InputError(f"{len(each)} lists of ids for {len(models)} models")
+        for lm, ids in zip(models, each, strict=True):
+            if len(ids) == 0:
+                raise InputError("is empty; give it at least one token")
+            if not 0 <= min(ids) <= max(ids) < lm.vocab_size:
+                raise InputError(f"has ids outside 0 to {lm.vocab_size - 1}")
+            new = self.constraints.max_new_tokens
+            if len(ids) > (longest := lm.model.max_length - new):
+                raise InputError(
+                    f"has {len(ids)} tokens; the model's {lm.model.max_length} positions leave "
+                    f"{longest} before max_new_tokens={new}"
+                )
+        return tuple(np.asarray(ids, np.int32) for ids in each)
 
     def memory(self, num_prompts: int, prompt_lengths: Sequence[int]) -> Memory:
         """What `num_prompts` of these lengths (one for each model) take together.
@@ -95,7 +132,8 @@ class Search:
         rows, tensor = self._rows(), self.mesh.shape["tensor"] if self.mesh else 1
         vocabularies = sum(lm.vocab_size for lm in self.scorer.models) + self.scorer.vocab_size
         return Memory(
-            _num_bytes([lm.params for lm in self.scorer.models]) // tensor,
+            _num_bytes(list({id(lm.params): lm.params for lm in self.scorer.models}.values()))
+            // tensor,
             2 * _num_bytes(state.caches) // rows,
             4 * num_prompts * self.rule.width * vocabularies // rows,
         )
@@ -195,25 +233,6 @@ class Search:
         rows = self._rows()
         return min(rows * 2 ** math.ceil(math.log2(max(count / rows, 1))), self.batch_size)
 
-    # --- what cannot be searched ---------------------------------------------------------
-
-    def _check(self) -> None:
-        scorer, limits = self.scorer, self.constraints
-        if self.batch_size < 1 or self.batch_size % self._rows():
-            raise InputError(
-                f"batch_size={self.batch_size}: must be a multiple of the mesh's {self._rows()} "
-                "rows (data x fsdp)"
-            )
-        scorer.check(draws=isinstance(self.rule, Samples))
-        sizes = sorted({lm.vocab_size for lm in scorer.models})
-        if limits.num_tokens is None and len(sizes) > 1:
-            raise InputError(
-                f"the models' vocabularies have {' and '.join(map(str, sizes))} ids: say how many "
-                "the tokenizer has (num_tokens), the rest being padding"
-            )
-        limits.check(scorer.vocab_size)
-        self.rule.check(limits.num_tokens or scorer.vocab_size, limits)
-
     def _check_memory(self, num_prompts: int, lengths: tuple[int, ...]) -> None:
         if self.memory_limit is None:
             return
@@ -229,26 +248,11 @@ class Search:
                 "batch_size, beams or max_new_tokens"
             )
 
-    def _for_each_model(self, place: int, prompt: Prompt) -> tuple[np.ndarray, ...]:
-        """A prompt's ids for each model, checked."""
-        models = self.scorer.models
-        several = len(prompt) and not isinstance(prompt[0], int | np.integer)
-        each = tuple(prompt) if several else (prompt,) * len(models)
-        if len(each) != len(models):
-            raise InputError(f"prompt {place}: {len(each)} for {len(models)} models")
-        for lm, ids in zip(models, each, strict=True):
-            if len(ids) == 0:
-                raise InputError(f"prompt {place}: is empty; give it at least one token")
-            if not 0 <= min(ids) <= max(ids) < lm.vocab_size:
-                raise InputError(f"prompt {place}: has ids outside 0 to {lm.vocab_size - 1}")
-            longest = lm.model.max_length - self.constraints.max_new_tokens
-            if len(ids) > longest:
-                raise InputError(
-                    f"prompt {place}: has {len(ids)} tokens; the model's {lm.model.max_length} "
-                    f"positions leave {longest} before max_new_tokens="
-                    f"{self.constraints.max_new_tokens}"
-                )
-        return tuple(np.asarray(ids, np.int32) for ids in each)
+    def _checked(self, place: int, prompt: Prompt) -> tuple[np.ndarray, ...]:
+        try:
+            return self.checked(prompt)
+        except InputError as error:
+            raise InputError(f"prompt {place}: {error}") from error
 
 
 def _hypotheses(finished: Hypotheses, row: int, names: tuple[str, ...]) -> list[Hypothesis]:

@@ -7,6 +7,7 @@ on its own prompt with its own cache; the tokens decoded are common to all.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -114,6 +115,8 @@ class Product:
             raise InputError(
                 f"product: {len(self.exponents)} exponents for {len(self.models)} models"
             )
+        if not all(map(math.isfinite, self.exponents.tolist())):
+            raise InputError(f"product: exponents {self.exponents.tolist()} must be finite")
         if self.normalised not in ("token", "sequence"):
             raise InputError(f"product: normalised={self.normalised!r}; 'token' or 'sequence'")
         if draws and self.normalised == "sequence":
