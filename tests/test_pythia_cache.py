@@ -1,5 +1,6 @@
 """The cached step: what it computes, and that no cache moves while it does."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -97,6 +98,16 @@ def test_padding_of_a_prompt_changes_nothing():
     far = [np.asarray(logits) for logits, _ in random_walk(3, width=24)]
     for mine, other in zip(near, far, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_keeps_the_head_in_float32():
+    half = CachedPythia(dataclasses.replace(MODEL.config, dtype="bfloat16"))
+    steps = zip(random_walk(4, model=half), random_walk(4), strict=True)
+    for (logits, _), (exact, _) in steps:
+        assert logits.dtype == jnp.float32
+        assert (logits != logits.astype(jnp.bfloat16)).mean() > 0.9  # no logit was rounded
+        error = np.abs(np.asarray(logits - exact)).max() / np.abs(np.asarray(exact)).max()
+        assert error < 0.05  # eight bits through two layers
 
 
 def test_decoding_params_unstack_cast_and_reshard():
