@@ -212,6 +212,9 @@ REFUSED = {
     "min_new_tokens=5: must be between 0 and max_new_tokens=4": dict(min_new_tokens=5),
     "no_repeat_ngram=-1": dict(no_repeat_ngram=-1),
     "num_tokens=10: the models share 9 ids": dict(num_tokens=10),
+    "prompt 0: no continuation obeys": dict(
+        scorer=TABLE(3), prompts=([1],), eos_ids=(), no_repeat_ngram=1
+    ),
     "batch_size=0": dict(batch_size=0),
     "3 exponents for 2 models": dict(scorer=Product(PAIR, jnp.ones(3))),
     "normalised='word'": dict(scorer=Product(PAIR, jnp.ones(2), "word")),

@@ -222,7 +222,13 @@ class Search:
         if len(leaving):
             finished = jax.device_get(state.finished)
         for row in leaving.tolist():
-            yield int(places[row]), _hypotheses(finished, row, self.scorer.part_names)
+            found = _hypotheses(finished, row, self.scorer.part_names)
+            if not found:
+                raise InputError(
+                    f"prompt {places[row]}: no continuation obeys the constraints; loosen "
+                    "no_repeat_ngram, num_tokens or min_new_tokens"
+                )
+            yield int(places[row]), found
 
     def _put(self, array: Any) -> jax.Array:
         place = NamedSharding(self.mesh, P(("data", "fsdp"))) if self.mesh else None
