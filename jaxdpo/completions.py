@@ -268,7 +268,7 @@ def _factor(text: str) -> tuple[str, float]:
 def _check(rule: Beams | Samples, limits: Constraints, num_return: int | None, seed: int) -> None:
     """What needs no vocabulary to be seen."""
     limits.check(vocab_size=1)
-    rule.check(max(rule.width, 1), limits)
+    rule.check(max(rule.width, 1))
     if num_return is not None and not 1 <= num_return <= rule.width:
         raise InputError(
             f"num_return={num_return}: must be between 1 and the {rule.width} that are searched"

@@ -6,7 +6,6 @@ the numbers of a `config.json` mean (`pythia`), and training checkpoints (`check
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from safetensors.numpy import save_file
 from jaxdpo import InputError, hf_layout
 from jaxdpo.pythia import init_params
 from jaxdpo.pythia_config import PythiaConfig
+from jaxdpo.records import read_json, write_json
 from jaxdpo.sharding import param_shardings
 
 # Buffers that older versions of transformers stored; they are functions of the config.
@@ -108,8 +108,8 @@ def save_hf(
     _write_weights(partial, config, params, max_shard_bytes, writes)
     if writes:
         ids = {"bos_token_id": eos_id, "eos_token_id": eos_id}
-        _write_json(partial / "config.json", config.to_hf(eos_id=eos_id))
-        _write_json(partial / "generation_config.json", ids)
+        write_json(partial / "config.json", config.to_hf(eos_id=eos_id))
+        write_json(partial / "generation_config.json", ids)
         if tokenizer_from is not None:
             _copy_tokenizer(Path(tokenizer_from), partial, eos_id)
         os.replace(partial, folder)
@@ -167,17 +167,7 @@ def eos_ids(folder: str | Path) -> tuple[int, ...]:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: missing; the folder must hold a Hugging Face checkpoint")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object")
-    return value
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    return read_json(path)
 
 
 def _path(path: tuple[Any, ...]) -> str:
@@ -337,7 +327,7 @@ def _write_weights(
         }
         total = sum(_num_bytes(config, form) for _, _, form in hf_layout.entries(config))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / _INDEX, index)
+        write_json(folder / _INDEX, index)
 
 
 def _num_bytes(config: PythiaConfig, pattern: str) -> int:
@@ -408,4 +398,4 @@ def _copy_tokenizer(source: Path, folder: Path, eos_id: int) -> None:
         # Without it, transformers knows neither the class nor which token ends a text.
         eos = tokenizers.Tokenizer.from_file(str(path)).id_to_token(eos_id)
         tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
-        _write_json(folder / "tokenizer_config.json", tokenizer | {"bos_token": eos})
+        write_json(folder / "tokenizer_config.json", tokenizer | {"bos_token": eos})

@@ -103,7 +103,7 @@ def twin_answers(case):
     return found
 
 
-def compare(found, stored):
+def assert_same(found, stored):
     for mine, theirs in zip(found, stored, strict=True):
         assert [list(m[0]) for m in mine] == [t[0] for t in theirs]
         scores = [m[1] for m in mine], [t[1] for t in theirs]
@@ -115,7 +115,7 @@ def test_transformers_gives_the_stored_answers(beam_size):
     pytest.importorskip("transformers", minversion="5.0")
     for case, stored in zip(cases(), answers()["generated"], strict=True):
         if case.beam_size == beam_size:
-            compare(transformers_answers(case), stored)
+            assert_same(transformers_answers(case), stored)
 
 
 @pytest.mark.skipif(not (SHARED / "oracles").exists(), reason="the transcription is not at hand")
@@ -136,7 +136,7 @@ def test_the_twin_of_4_29_2_equals_an_independent_one(monkeypatch):
                 case.early_stopping,
                 num_return=case.beam_size,
             )
-            compare([[(tokens[start:], score) for tokens, score in found]], [theirs])
+            assert_same([[(tokens[start:], score) for tokens, score in found]], [theirs])
 
 
 if __name__ == "__main__":

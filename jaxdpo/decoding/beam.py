@@ -67,7 +67,7 @@ class Beams:
     def width(self) -> int:
         return self.size
 
-    def check(self, vocab_size: int, constraints: Constraints) -> None:
+    def check(self, vocab_size: int) -> None:
         """Raise `InputError` for what cannot be searched."""
         if not 1 <= self.size <= vocab_size:
             raise InputError(

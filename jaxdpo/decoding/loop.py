@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from jaxdpo.decoding import scorers
 from jaxdpo.decoding.beam import Beams
-from jaxdpo.decoding.hypotheses import Constraints, State, allowed, empty
+from jaxdpo.decoding.hypotheses import NEVER, Constraints, State, allowed, empty
 from jaxdpo.decoding.sample import Samples
 from jaxdpo.decoding.scorers import Scorer, Scores
 
@@ -67,7 +67,7 @@ def start(
         given, caches = scorers.prefill(scorer, prompts, num_beams=rule.width, room=room)
         scores, parts = rule.first_scores(len(keys)), 1 + len(given.parts)
         none = empty(scores, parts=parts, capacity=capacity)
-        finished = none._replace(scores=jnp.full_like(scores, -1e9))
+        finished = none._replace(scores=jnp.full_like(scores, NEVER))
         state = State(none, finished, real, keys, *prompts[0], caches)
         return _advanced(scorer, rule, constraints, state, given, 0)
 

@@ -82,7 +82,7 @@ class Samples:
     def width(self) -> int:
         return self.num_samples
 
-    def check(self, vocab_size: int, constraints: Constraints) -> None:
+    def check(self, vocab_size: int) -> None:
         """Raise `InputError` for what cannot be drawn."""
         if self.num_samples < 1:
             raise InputError(f"num_samples={self.num_samples}: must be at least 1")

@@ -89,7 +89,7 @@ class Search:
                 "the tokenizer has (num_tokens), the rest being padding"
             )
         limits.check(scorer.vocab_size)
-        self.rule.check(limits.num_tokens or scorer.vocab_size, limits)
+        self.rule.check(limits.num_tokens or scorer.vocab_size)
 
     def checked(self, prompt: Prompt) -> tuple[np.ndarray, ...]:
         """A prompt's ids for each model; `InputError` where it cannot be decoded."""
