@@ -6,9 +6,7 @@ what is decoded from it (`completions`).
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +17,6 @@ from jaxdpo import InputError, convert, runs
 from jaxdpo.decoding import LM
 from jaxdpo.pythia_cache import decoding_params
 from jaxdpo.tokens import check_vocabulary, load_tokenizer
-
-# A folder's name may have colons: a last word is a checkpoint only after the name of a stage.
-_RUN = re.compile(r"(?P<workdir>.+?):(?P<stage>\w+)((?<=:sft|:dpo):(?P<which>\w*))?")
 
 
 class LanguageModel(NamedTuple):
@@ -39,10 +34,10 @@ def language_model(name: str, mesh: Mesh, *, dtype: str | None = None) -> Langua
     """The model of a name, on the mesh.
 
     A name is a folder with a Hugging Face checkpoint, `owner/name` on the hub, or
-    `WORKDIR:STAGE` of a run, its last checkpoint unless `:best` follows. `dtype` is that of
-    the computation; without one, what the run was trained in, or float32. Raises
-    `InputError` where there is no such model, its tokenizer does not fit, or the device
-    does not compute in its dtype.
+    `WORKDIR:STAGE` of a run, its last checkpoint unless `:best` follows; `WORKDIR:start` is
+    what the run began from. `dtype` is that of the computation; without one, what the run was
+    trained in, or float32. Raises `InputError` where there is no such model, its tokenizer
+    does not fit, or the device does not compute in its dtype.
     """
     stored = _stored(name, mesh, dtype)
     config = dataclasses.replace(stored.model, dtype=dtype or stored.model.dtype)
@@ -88,9 +83,9 @@ def fingerprint(params: Any) -> str:
 
 
 def _stored(name: str, mesh: Mesh, dtype: str | None) -> runs.Stored:
-    run = None if Path(name).is_dir() else _RUN.fullmatch(name)
-    if run:
-        return runs.trained(run["workdir"], run["stage"], mesh=mesh, which=run["which"] or "last")
+    if run := runs.named(name):
+        workdir, stage, which = run
+        return runs.trained(workdir, stage, mesh=mesh, which=which)
     if runs.is_run(name):
         raise InputError(f"{name}: is a run; name a stage of it, as in {name}:dpo")
     folder = convert.local_folder(name)

@@ -2,7 +2,7 @@
 
 A file in `configs/` starts from `blank()`, where every key stands with its meaning, and sets
 what makes it a recipe. Every mistake in it is an `InputError` that names the key. Left out:
-reading data and running stages (`stages`).
+the model a run begins from (`runs`), reading data and running stages (`stages`).
 """
 
 import functools
@@ -10,16 +10,14 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_dict
 
-from jaxdpo import InputError, convert, losses, pythia, records, sharding
+from jaxdpo import InputError, losses, records, sharding
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.step import Objective, decayed, preference_objective, rmsprop, sft_objective, warmup
 
@@ -55,7 +53,8 @@ def blank() -> ConfigDict:
     config.synthetic = ConfigDict({})
 
     config.model = ConfigDict()
-    config.model.weights = ""  # a Hugging Face folder or hub name; or else:
+    # A Hugging Face folder, a hub name, or WORKDIR:STAGE of another run; or else:
+    config.model.weights = ""
     config.model.name = ""  # pythia-14m ... pythia-12b, from random weights
     config.model.overrides = ConfigDict({})  # fields of PythiaConfig
     config.model.dtype = "float32"  # of the computation
@@ -189,32 +188,6 @@ def claim(config: ConfigDict, workdir: Path) -> None:
 def path_of(text: str, config: ConfigDict, workdir: Path) -> str:
     """A path of the configuration with {workdir} and {data} filled in."""
     return text.replace("{data}", config.data).replace("{workdir}", str(workdir))
-
-
-def tokenizer_file(config: ConfigDict, workdir: Path) -> Path:
-    """The tokenizer's file or folder: the one named, or the one beside the weights."""
-    if config.tokenizer:
-        return Path(path_of(config.tokenizer, config, workdir))
-    if not config.model.weights:
-        raise InputError("tokenizer: give a tokenizer.json; random weights come without one")
-    return convert.local_folder(path_of(config.model.weights, config, workdir))
-
-
-def model(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[PythiaConfig, Callable]:
-    """The model's shape, and a function that makes its parameters on the mesh."""
-    settings = config.model.to_dict()
-    if twice := set(settings) & set(settings["overrides"]):
-        raise InputError(f"model.overrides: {', '.join(sorted(twice))} stand in model itself")
-    weights, name, overrides = (settings.pop(key) for key in ("weights", "name", "overrides"))
-    if weights:
-        source = path_of(weights, config, workdir)
-        model = convert.hf_config(source, **overrides, **settings)
-        return model, lambda: convert.load_hf(source, mesh=mesh, **overrides, **settings)[1]
-    model = PythiaConfig.from_name(name, **overrides, **settings)
-    init = functools.partial(pythia.init_params, model)
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    init = jax.jit(init, out_shardings=sharding.param_shardings(shapes, mesh))
-    return model, lambda: init(jax.random.key(config.seed))
 
 
 def optimizer(

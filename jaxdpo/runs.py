@@ -4,8 +4,10 @@ Reads the configuration that the run saved; executes nothing. Left out: making a
 (`stages`), and what its curves say (`analysis.report`).
 """
 
+import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +23,8 @@ from jaxdpo.records import read_json
 from jaxdpo.tokens import eos_id, load_tokenizer
 
 WHICH = ("last", "best")
+# A folder's name may have colons: a last word is a checkpoint only after the name of a stage.
+_NAME = re.compile(r"(?P<workdir>.+?):(?P<stage>\w+)((?<=:sft|:dpo):(?P<which>\w*))?")
 
 
 class Stored(NamedTuple):
@@ -33,6 +37,17 @@ class Stored(NamedTuple):
     step: int | None  # of a checkpoint of a run
 
 
+class Roles(NamedTuple):
+    """The names of a preference run's models, and the held-out pairs they are looked at on."""
+
+    policy: str
+    reference: str  # what DPO began from
+    base: str  # what the run began from
+    beta: float
+    data: str | None  # none: the run kept a share of its training file
+    format: str
+
+
 def is_run(workdir: str | Path) -> bool:
     """Whether a run has been made in the folder.
 
@@ -42,25 +57,110 @@ def is_run(workdir: str | Path) -> bool:
     return (Path(workdir) / "config.json").is_file() and (Path(workdir) / "versions.json").is_file()
 
 
+def named(name: str) -> tuple[str, str, str] | None:
+    """The run's folder, the stage and the checkpoint that a name means; None: it means no run.
+
+    `WORKDIR:STAGE` is a stage's last checkpoint, `WORKDIR:STAGE:best` its best one, and
+    `WORKDIR:start` the model that the run began from.
+
+    >>> named("runs/a:dpo"), named("runs/a:sft:best"), named("EleutherAI/pythia-70m")
+    (('runs/a', 'dpo', 'last'), ('runs/a', 'sft', 'best'), None)
+    """
+    found = None if Path(name).is_dir() else _NAME.fullmatch(name)
+    return found and (found["workdir"], found["stage"], found["which"] or "last")
+
+
 def trained(workdir: str | Path, stage: str, *, mesh: Mesh, which: str = "last") -> Stored:
-    """The last or best checkpoint of a stage; `InputError` without such a run or stage."""
-    workdir = Path(os.path.abspath(workdir))
-    if not is_run(workdir):
-        raise InputError(f"{workdir}: no run there (it has no config.json and versions.json)")
-    config = ConfigDict(read_json(workdir / "config.json"))
+    """The last or best checkpoint of a stage; `InputError` without such a run or stage.
+
+    The stage "start" is the model that the run began from.
+    """
+    workdir, config = _config(workdir)
     if which not in WHICH:
         raise InputError(f"{workdir}: which={which!r} is unknown; {' or '.join(WHICH)}")
     there = [name for name in config.stages if (workdir / name / "checkpoints").exists()]
-    if stage not in there:
+    if stage not in (*there, "start"):
         raise InputError(
             f"{workdir}: has no checkpoints of a stage {stage!r}; its stages with checkpoints: "
             f"{', '.join(there) or 'none yet'}"
         )
-    model, _ = recipe.model(config, workdir, mesh)
-    tokenizer = recipe.tokenizer_file(config, workdir)
+    began = initial(config, workdir, mesh)
+    if stage == "start":
+        return began
+    step, load = checkpointed(workdir / stage, began.model, mesh, which)
+    return began._replace(step=step, load=load)
+
+
+def roles(workdir: str | Path) -> Roles:
+    """Which of a run's models is the policy, the reference and the base, and with what beta.
+
+    Raises `InputError` where there is no run, or it has no dpo stage.
+    """
+    workdir, config = _config(workdir)
+    if "dpo" not in config.stages:
+        raise InputError(f"{workdir}: has no dpo stage; its stages: {', '.join(config.stages)}")
+    before = list(config.stages)[: list(config.stages).index("dpo")]
+    data = config.dpo.data
+    return Roles(
+        policy=f"{workdir}:dpo",
+        reference=f"{workdir}:{before[-1]}:{config[before[-1]].hand_on}"
+        if before
+        else f"{workdir}:start",
+        base=f"{workdir}:start",
+        beta=config.dpo.beta,
+        data=recipe.path_of(data.eval, config, workdir) if data.eval else None,
+        format=data.format,
+    )
+
+
+def initial(config: ConfigDict, workdir: Path, mesh: Mesh) -> Stored:
+    """The model that a configuration begins from: random, of Hugging Face, or another run's.
+
+    Raises `InputError` where there is no such model, or no tokenizer for it.
+    """
+    settings = config.model.to_dict()
+    if twice := set(settings) & set(settings["overrides"]):
+        raise InputError(f"model.overrides: {', '.join(sorted(twice))} stand in model itself")
+    weights, name, overrides = (settings.pop(key) for key in ("weights", "name", "overrides"))
+    source = recipe.path_of(weights, config, workdir)
+    if other := named(source):
+        found = _of_another_run(other, workdir, overrides, settings, mesh)
+        beside, model, load = found.tokenizer, found.model, found.load
+    elif weights:
+        model = convert.hf_config(source, **overrides, **settings)
+        load = lambda: convert.load_hf(source, mesh=mesh, **overrides, **settings)[1]
+        beside = convert.local_folder(source)
+    else:
+        model, beside = PythiaConfig.from_name(name, **overrides, **settings), None
+        shapes = param_shapes(model)
+        init = functools.partial(pythia.init_params, model)
+        init = jax.jit(init, out_shardings=sharding.param_shardings(shapes, mesh))
+        load = lambda: init(jax.random.key(config.seed))
+    given = config.tokenizer and Path(recipe.path_of(config.tokenizer, config, workdir))
+    if not (tokenizer := given or beside):
+        raise InputError("tokenizer: give a tokenizer.json; random weights come without one")
     eos = eos_id(load_tokenizer(tokenizer), config.eos_token)
-    step, load = checkpointed(workdir / stage, model, mesh, which)
-    return Stored(model, tokenizer, (eos,), load, step)
+    return Stored(model, tokenizer, (eos,), load, None)
+
+
+def _of_another_run(other, workdir: Path, overrides: dict, settings: dict, mesh: Mesh) -> Stored:
+    folder, stage, which = other
+    if os.path.abspath(folder) == os.path.abspath(workdir):
+        raise InputError(f"model.weights: {folder}:{stage} is of this run itself; name another one")
+    if overrides:
+        raise InputError(f"model.overrides: {', '.join(sorted(overrides))} are those of {folder}")
+    found = trained(folder, stage, mesh=mesh, which=which)
+    for key in ("param_dtype", "scan_layers"):  # how the parameters are stored
+        if settings[key] != getattr(found.model, key):
+            raise InputError(f"model.{key}: is {getattr(found.model, key)} in {folder}; set it so")
+    return found._replace(model=dataclasses.replace(found.model, **settings))
+
+
+def _config(workdir: str | Path) -> tuple[Path, ConfigDict]:
+    workdir = Path(os.path.abspath(workdir))
+    if not is_run(workdir):
+        raise InputError(f"{workdir}: no run there (it has no config.json and versions.json)")
+    return workdir, ConfigDict(read_json(workdir / "config.json"))
 
 
 def checkpointed(

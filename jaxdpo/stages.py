@@ -96,16 +96,15 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     recipe.claim(config, workdir)
     if config.synthetic:
         _write_synthetic(config, workdir)
-    tokenizer_file = recipe.tokenizer_file(config, workdir)
-    tokenizer = load_tokenizer(tokenizer_file)
     mesh = sharding.make_mesh(**config.mesh)
-    model, load_params = recipe.model(config, workdir, mesh)
-    check_vocabulary(tokenizer, model.vocab_size, tokenizer_file)
+    initial = runs.initial(config, workdir, mesh)
+    tokenizer, model = load_tokenizer(initial.tokenizer), initial.model
+    check_vocabulary(tokenizer, model.vocab_size, initial.tokenizer)
     this = Run(config, workdir, mesh, tokenizer, model)
     # All stages are made ready first: a mistake in the last one must not cost the others.
     todo = [name for name in config.stages if not (workdir / name / "done.json").exists()]
     prepared = {name: _prepared(this, name) for name in todo}
-    start = Start(f"{config.model.weights or 'random weights'}", load_params)
+    start = Start(f"{config.model.weights or 'random weights'}", initial.load)
     with jax.set_mesh(mesh):  # the model keeps activations split by rows on it
         for name in config.stages:
             start = _run_stage(this, name, prepared.get(name), start)

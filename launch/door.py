@@ -7,7 +7,7 @@ the user gave (one line, never a traceback), 1 a bug.
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 # Read by XLA when the backend starts. Fake CPU devices starve each other in a thread pool that
 # is no larger than the machine's cores; a single device takes 1.4 times as long in a larger one.
@@ -20,8 +20,11 @@ from rich.console import Console
 from jaxdpo import InputError
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parse the command line, call `main`, and end the process with the right status."""
+def run(main: Callable[..., None], *, commands: Collection[str] = ()) -> None:
+    """Parse the command line, call `main`, and end the process with the right status.
+
+    With `commands`, the first word of the command line must be one of them; `main` is given it.
+    """
     console = Console(stderr=True, soft_wrap=True)
     if "--help" in sys.argv[1:]:
         print(sys.modules[main.__module__].__doc__, flags.FLAGS.main_module_help(), sep="\n")
@@ -33,9 +36,13 @@ def run(main: Callable[[], None]) -> None:
         except Exception as error:
             said = " ".join(str(error).strip("\"'").split())
             raise InputError(f"command line or recipe: {said}") from error
-        if len(arguments) > 1:
-            raise InputError(f"command line: {arguments[1]!r} belongs to no flag")
-        main()
+        words = arguments[1:]
+        if commands and words[:1] not in [[command] for command in commands]:
+            said = f"{words[0]!r} is no command" if words else "a command is missing"
+            raise InputError(f"command line: {said}; choose {', '.join(commands)}")
+        if words[bool(commands) :]:
+            raise InputError(f"command line: {words[-1]!r} belongs to no flag")
+        main(*words)
     except InputError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)

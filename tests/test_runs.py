@@ -1,5 +1,6 @@
 """What a run's folder holds is what was put there; what it does not hold is named."""
 
+import dataclasses
 import json
 
 import chex
@@ -7,7 +8,8 @@ import jax
 import pytest
 from speakers import MODEL, run, spoken
 
-from jaxdpo import InputError, runs, sharding
+from jaxdpo import InputError, recipe, runs, sharding
+from jaxdpo.pythia import init_params
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +61,51 @@ def test_the_folder_may_move(workdir, tmp_path):
     found = runs.trained(there, "dpo", mesh=sharding.make_mesh())
     assert found.tokenizer == there / "tokenizer.json"
     assert json.loads(found.tokenizer.read_text())["model"]["type"] == "WordLevel"
+
+
+def test_what_a_run_began_from_is_its_model_too(workdir):
+    began = runs.trained(workdir, "start", mesh=sharding.make_mesh())
+    assert began.step is None and began.model == MODEL
+    drawn = jax.device_get(init_params(MODEL, jax.random.key(0)))  # unjitted: to rounding
+    chex.assert_trees_all_close(jax.device_get(began.load()), drawn, rtol=1e-6, atol=1e-7)
+
+
+def test_the_roles_of_a_runs_models(workdir):
+    found = runs.roles(workdir)
+    assert found[:3] == (f"{workdir}:dpo", f"{workdir}:sft:last", f"{workdir}:start")
+    assert (found.beta, found.format) == (0.1, "pairs")
+
+
+def continuing(workdir, **model):
+    """The configuration of a run that begins from another one's model."""
+    config = recipe.blank()
+    with config.unlocked():
+        config.model.update(model)
+    config.model.weights = f"{workdir}:dpo:best"
+    return config
+
+
+def test_a_run_may_begin_from_another_one(workdir, tmp_path):
+    mesh = sharding.make_mesh()
+    began = runs.initial(continuing(workdir, remat="full"), tmp_path, mesh)
+    assert began.model == dataclasses.replace(MODEL, remat="full")
+    assert began.tokenizer == workdir / "tokenizer.json"
+    chex.assert_trees_all_equal(jax.device_get(began.load()), jax.device_get(spoken(5)))
+
+
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        (dict(overrides=dict(num_layers=3)), "model.overrides: num_layers are those of "),
+        (dict(param_dtype="bfloat16"), "model.param_dtype: is float32 in "),
+        (dict(scan_layers=True), "model.scan_layers: is False in "),
+    ],
+)
+def test_a_run_that_begins_from_another_one_takes_its_shape(workdir, tmp_path, model, said):
+    with pytest.raises(InputError, match=said):
+        runs.initial(continuing(workdir, **model), tmp_path, sharding.make_mesh())
+
+
+def test_a_run_cannot_begin_from_itself(workdir):
+    with pytest.raises(InputError, match="is of this run itself"):
+        runs.initial(continuing(workdir), workdir, sharding.make_mesh())
