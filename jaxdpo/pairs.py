@@ -148,6 +148,11 @@ def _hh(row: dict) -> _Texts:
     return prompt + marker, chosen, rejected
 
 
+RESPONSES: dict[str, Callable[[Pair], list[str]]] = {
+    "chosen": lambda pair: [pair.chosen],
+    "rejected": lambda pair: [pair.rejected],
+    "all": lambda pair: [pair.chosen, pair.rejected],
+}
 FORMATS: dict[str, Callable[[dict], _Texts]] = {
     "pairs": _pairs,
     "completions": _completions,
@@ -334,20 +339,32 @@ def _refuse_bad_data(report: DataReport, max_bad_fraction: float):
         raise InputError(f"{report}\nno row is left; mend the rows or name another format")
 
 
-def chosen_only(pairs: Iterable[Pair]) -> list[Pair]:
-    """SFT examples from comparisons: for each prompt the chosen response of its last pair.
+def sft_examples(pairs: Iterable[Pair], responses: str) -> list[Pair]:
+    """SFT examples from comparisons: for each prompt the `responses` of its last pair.
 
-    This is the official DPO code's rule for Anthropic HH. Prompts stand in the order of
-    their first pair. SFT examples among `pairs` are kept as they are, never merged.
+    `responses` is "chosen", "rejected", or "all" for both. With the chosen ones this is the
+    official DPO code's rule for Anthropic HH. Prompts stand in the order of their first pair.
+    SFT examples among `pairs` are kept as they are, never merged; without a rejected response,
+    they are an `InputError` unless it is the chosen ones that are asked for.
 
-    >>> chosen_only([Pair("p", " a", " b", 1), Pair("p", " c", " a", 2)])
+    >>> two = [Pair("p", " a", " b", 1), Pair("p", " c", " a", 2)]
+    >>> sft_examples(two, "chosen")
     [Pair(prompt='p', chosen=' c', rejected=None, line=2)]
+    >>> [example.chosen for example in sft_examples(two, "all")]
+    [' c', ' a']
     """
-    examples = {}
+    last = {}
     for index, pair in enumerate(pairs):
-        key = index if pair.rejected is None else pair.prompt
-        examples[key] = pair._replace(rejected=None)
-    return list(examples.values())
+        if pair.rejected is None and responses != "chosen":
+            raise InputError(
+                f"line {pair.line}: has no rejected response; train on the chosen ones"
+            )
+        last[index if pair.rejected is None else pair.prompt] = pair
+    return [
+        pair._replace(chosen=response, rejected=None)
+        for pair in last.values()
+        for response in RESPONSES[responses](pair)
+    ]
 
 
 def split_by_prompt(

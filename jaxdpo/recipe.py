@@ -17,19 +17,21 @@ import jax
 import optax
 from ml_collections import ConfigDict, config_dict
 
-from jaxdpo import InputError, losses, records, sharding
+from jaxdpo import InputError, losses, pairs, records, sharding
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.step import Objective, decayed, preference_objective, rmsprop, sft_objective, warmup
 
 STAGES = ("sft", "dpo")
 TINY, HUGE = 1e-12, 1e30  # what must be positive; what has no other upper limit
-OBSERVING = ("samples", "sample_tokens")  # keys of a stage that train nothing
+# Keys of a stage that train nothing.
+OBSERVING = ("samples", "sample_tokens", "trajectories", "trajectories_every")
 RANGES = {
     **dict.fromkeys(("batch_size", "eval_batch_size", "micro_batches", "epochs"), (1, HUGE)),
     **dict.fromkeys(("pairs_per_row", "num_buckets", "max_skipped_in_a_row"), (1, HUGE)),
     **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "max_length"), (1, HUGE)),
     "sample_tokens": (1, HUGE),
     **dict.fromkeys(("eval_every", "warmup_steps", "weight_decay", "samples"), (0, HUGE)),
+    **dict.fromkeys(("trajectories", "trajectories_every"), (0, HUGE)),
     **dict.fromkeys(("learning_rate", "max_grad_norm", "beta"), (TINY, HUGE)),
     "final_learning_rate": (0, 1),
     "label_smoothing": (0, 0.5),
@@ -64,10 +66,17 @@ def blank() -> ConfigDict:
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices; -1: all the others
 
     config.sft = _blank_stage()
+    config.sft.data.responses = "chosen"  # of pairs, to train on; or "rejected", "all"
     config.dpo = _blank_stage()
     config.dpo.loss = "dpo"  # or "ipo"
     config.dpo.beta = 0.1
     config.dpo.label_smoothing = 0.0
+    # Of so many held-out pairs, follow the implicit rewards (analysis.trajectories); 0: of none.
+    config.dpo.trajectories = 0
+    config.dpo.trajectories_every = 0  # steps; 0: at the start and the end only
+    # Several runs (see experiment): a name, of the run and its folder -> its own keys.
+    config.runs = ConfigDict({})
+    config.prediction = ""  # of Section 5.4, that a comparison judges: experiment.PREDICTIONS
     return config.lock()  # a misspelt key in a recipe is an error too
 
 
@@ -77,7 +86,7 @@ def _blank_stage() -> ConfigDict:
     stage.data.train = ""  # a file, or a hub name
     stage.data.eval = ""  # the same; or else:
     stage.data.test_fraction = 0.0  # this share of the prompts of train
-    stage.data.format = "pairs"  # see pairs.FORMATS; sft on pairs trains on the chosen
+    stage.data.format = "pairs"  # see pairs.FORMATS
     stage.data.split = "train"  # of a hub data set; a file has no splits
     stage.data.eval_split = "train"
     stage.data.limit = config_dict.placeholder(int)  # read only the first rows
@@ -103,7 +112,7 @@ def _blank_stage() -> ConfigDict:
     stage.max_skipped_in_a_row = 5  # steps that are not finite before the run stops
     stage.eval_every = 312  # steps; 0: at the start and the end only
     stage.samples = 0  # at each evaluation, decode greedily from so many of its prompts
-    stage.sample_tokens = 64  # at most; meanwhile each device holds the whole model
+    stage.sample_tokens = 64  # of any sample, at most; meanwhile each device holds the model
     stage.checkpoint_every = 312
     stage.keep_checkpoints = 2  # the latest ones, beside the best
     stage.hand_on = "last"  # or "best": the checkpoint that the next stage starts from
@@ -112,6 +121,8 @@ def _blank_stage() -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
     """Refuse keys that contradict each other, have no effect, or name what does not exist."""
+    if config.runs:
+        raise InputError("runs: a run has no runs of its own")
     unknown = [name for name in config.stages if name not in STAGES]
     if unknown or not config.stages or len(set(config.stages)) < len(config.stages):
         raise InputError(f"stages: {config.stages} must be some of {STAGES}, each once")
@@ -134,6 +145,11 @@ def check(config: ConfigDict) -> None:
         for key, (low, high) in RANGES.items():
             if key in stage and not low <= stage[key] <= high:
                 raise InputError(f"{name}.{key}: {stage[key]} is not between {low} and {high}")
+        if stage.get("trajectories_every") and not stage.trajectories:
+            raise InputError(
+                f"{name}.trajectories_every: has no effect without {name}.trajectories, the "
+                "number of pairs; set that, or this to 0"
+            )
         if stage.hand_on not in ("last", "best"):
             raise InputError(f"{name}.hand_on: {stage.hand_on!r} is unknown; last or best")
         every = stage.eval_every
@@ -142,6 +158,11 @@ def check(config: ConfigDict) -> None:
                 f"{name}.hand_on: best needs an evaluation at every checkpoint; make "
                 f"checkpoint_every={stage.checkpoint_every} a multiple of eval_every={every}"
             )
+    if config.sft.data.responses not in pairs.RESPONSES:
+        raise InputError(
+            f"sft.data.responses: {config.sft.data.responses!r} is unknown; choose from "
+            f"{', '.join(pairs.RESPONSES)}"
+        )
     if bool(config.model.weights) == bool(config.model.name):
         raise InputError(
             "model: give either weights (a folder or hub name) or name (a size, random weights)"
@@ -156,15 +177,18 @@ def begun(folder: Path) -> bool:
 def claim(config: ConfigDict, workdir: Path) -> None:
     """Make the folder this configuration's; refuse it if another's has begun to train in it.
 
-    The mesh may change (a run goes on, to rounding, on other devices), and so may what only
-    observes and the keys of a stage that has not begun.
+    The mesh may change (a run goes on, to rounding, on other devices), and so may the keys of
+    a stage that has not begun, and what only observes in one that is not finished. Keys that
+    the run's version did not have count as left at their defaults.
     """
     file = workdir / "config.json"
     free = {"mesh"} | {name for name in STAGES if not begun(workdir / name)}
     wanted = json.loads(config.to_json_best_effort())
     if file.exists() and begun(workdir):
-        free |= {f"{name}.{key}" for name in STAGES for key in OBSERVING}
-        differ = records.differing(records.read_json(file), wanted)
+        going_on = [name for name in STAGES if not (workdir / name / "done.json").exists()]
+        free |= {"prediction"} | {f"{name}.{key}" for name in going_on for key in OBSERVING}
+        defaults = json.loads(blank().to_json_best_effort())
+        differ = records.differing(_filled(records.read_json(file), defaults), wanted)
         if differ := [key for key in differ if not {key, key.partition(".")[0]} & free]:
             raise InputError(
                 f"{workdir}: belongs to another configuration; these keys differ: "
@@ -183,6 +207,12 @@ def claim(config: ConfigDict, workdir: Path) -> None:
     devices = {"devices": jax.device_count(), "kind": jax.devices()[0].device_kind}
     system = {"python": sys.version.split()[0], "platform": platform.platform()}
     records.write_json(workdir / "versions.json", versions | system | devices)
+
+
+def _filled(found: records.Record, defaults: records.Record) -> records.Record:
+    both = {key: value for key, value in defaults.items() if isinstance(value, dict)}
+    nested = {key: _filled(found[key], both[key]) for key in both.keys() & found.keys()}
+    return defaults | found | nested
 
 
 def path_of(text: str, config: ConfigDict, workdir: Path) -> str:

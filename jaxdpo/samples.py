@@ -7,7 +7,6 @@ trained model (`completions`).
 import dataclasses
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -20,48 +19,33 @@ from jaxdpo.metrics import console
 from jaxdpo.prompts import tail
 from jaxdpo.pythia_cache import decoding_params
 from jaxdpo.pythia_config import PythiaConfig
-from jaxdpo.records import Record, cut_log, line
+from jaxdpo.records import Record
 from jaxdpo.tokens import TokenStore
 
 
 @dataclasses.dataclass(frozen=True)
 class Hearing:
-    """Called with a step and parameters: hears what they say, and appends it to `file`.
+    """Hears what parameters say to `prompts`, which are token ids.
 
-    `prompts` are token ids. A record has `step`, `prompt`, `text` (without the end token),
+    A record has `step`, `prompt`, `text` (without the end token),
     `ended` (by an end token) and `logps`, the log-probability of the text and its end token.
     """
 
     name: str  # of the stage
-    file: Path
     model: PythiaConfig
     mesh: Mesh
     tokenizer: Tokenizer
     prompts: list[list[int]]
     constraints: decoding.Constraints
 
-    def check(self) -> None:
-        """Raise `InputError` where a completion has no room after the longest prompt."""
-        longest, most = max(map(len, self.prompts)), self.constraints.max_new_tokens
-        if longest + most > self.model.max_positions:
-            raise InputError(
-                f"{self.name}.sample_tokens: {most} more than the {longest} of a prompt are over "
-                f"the model's {self.model.max_positions} positions"
-            )
-
-    def cut(self, after: int) -> None:
-        """Forget what was said past a step that training goes on from, and all before step 1."""
-        if self.file.exists():
-            cut_log(self.file, lambda record: 0 < after and record["step"] <= after)
-
-    def __call__(self, step: int, params: Any) -> None:
+    def records(self, step: int, params: Any) -> list[Record]:
+        """A record for each prompt; they are shown on the console too."""
         records = list(self._records(step, params))
-        with open(self.file, "a", encoding="utf-8") as log:
-            log.writelines(map(line, records))
         for record in records:
             said = record["text"].replace("\n", "⏎") + ("" if record["ended"] else "…")
             before = f"{self.name} {step}: {tail(record['prompt'])} ▸"
             console.print(Text.assemble(before, (said, "bold")))
+        return records
 
     def _records(self, step: int, params: Any) -> Iterator[Record]:
         found = decoding.greedy(
@@ -81,6 +65,16 @@ class Hearing:
                 "ended": said["ended"],
                 "logps": said["logps"] if math.isfinite(said["logps"]) else None,
             }
+
+
+def check_room(key: str, most: int, store: TokenStore, model: PythiaConfig) -> None:
+    """Raise `InputError`, naming the key, where so many tokens have no room after a prompt."""
+    longest = int(store.lengths[:, 0].max())
+    if longest + most > model.max_positions:
+        raise InputError(
+            f"{key}: {most} more than the {longest} of a prompt are over the model's "
+            f"{model.max_positions} positions"
+        )
 
 
 def first_prompts(store: TokenStore, count: int) -> list[list[int]]:

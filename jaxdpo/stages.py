@@ -22,14 +22,15 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from jaxdpo import InputError, pairs, recipe, reference, runs, sharding, synthetic
-from jaxdpo.analysis import report
+from jaxdpo.analysis import report, trajectories
+from jaxdpo.analysis.trajectories import Trajectories, first_pairs
 from jaxdpo.batching import Batches
 from jaxdpo.checkpoint import Checkpoints, abstract
 from jaxdpo.decoding import Constraints
 from jaxdpo.metrics import ProgressLine, console, read_metrics
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import write_json
-from jaxdpo.samples import Hearing, first_prompts
+from jaxdpo.samples import Hearing, check_room, first_prompts
 from jaxdpo.step import (
     Objective,
     initial_state,
@@ -46,11 +47,12 @@ from jaxdpo.tokens import (
     num_tokens,
     tokenize,
 )
-from jaxdpo.train import Loop, put_batch, train_loop
+from jaxdpo.train import Loop, Observer, put_batch, train_loop
 
 # How far rounding alone can move a loss that must be log 2 at the first step.
 NOISE_FLOOR = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
 SYNTHETIC_SIZES = ("seed", "sft_train", "sft_test", "pairs_train", "pairs_test")
+POSTS = ("posts_train", "posts_test")
 
 
 class Run(NamedTuple):
@@ -75,6 +77,7 @@ class Stage(NamedTuple):
     objective: Objective
     expected_first_loss: float | None
     samples: Hearing | None
+    trajectories: Trajectories | None
 
 
 class Start(NamedTuple):
@@ -108,8 +111,8 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     with jax.set_mesh(mesh):  # the model keeps activations split by rows on it
         for name in config.stages:
             start = _run_stage(this, name, prepared.get(name), start)
-    for line in report.write(workdir, config.stages):
-        console.print(line)
+    for line in report.write(workdir):
+        console.print(line, markup=False)
 
 
 def _write_synthetic(config: ConfigDict, workdir: Path) -> None:
@@ -118,6 +121,7 @@ def _write_synthetic(config: ConfigDict, workdir: Path) -> None:
     knobs = config.synthetic.to_dict()
     try:
         sizes = {name: knobs.pop(name) for name in SYNTHETIC_SIZES}
+        sizes |= {name: knobs.pop(name, 0) for name in POSTS}
         task = synthetic.Task(**knobs)
     except (KeyError, TypeError) as error:  # a key of a recipe that is missing or unknown
         raise InputError(f"synthetic: {error}") from error
@@ -142,29 +146,53 @@ def _prepared(this: Run, name: str) -> Stage:
             raise InputError(f"{name} ({key}={settings[key]}): {error}") from error
     tx, schedule = recipe.optimizer(name, settings, len(batches["train"]))
     objective, expected = recipe.objective(this.model, name, settings)
-    folder, samples = this.workdir / name, _samples(this, name, batches["eval"].store)
-    return Stage(name, settings, folder, batches, tx, schedule, objective, expected, samples)
+    return Stage(
+        name=name,
+        settings=settings,
+        folder=this.workdir / name,
+        batches=batches,
+        tx=tx,
+        schedule=schedule,
+        objective=objective,
+        expected_first_loss=expected,
+        samples=_samples(this, name, batches["eval"].store),
+        trajectories=_trajectories(this, name, batches["eval"].store),
+    )
 
 
 def _samples(this: Run, name: str, store: TokenStore) -> Hearing | None:
     settings = this.config[name]
     if not settings.samples:
         return None
-    samples = Hearing(
-        name,
-        this.workdir / name / "samples.jsonl",
+    check_room(f"{name}.sample_tokens", settings.sample_tokens, store, this.model)
+    prompts, ending = first_prompts(store, settings.samples), _ending(this, settings.sample_tokens)
+    return Hearing(name, this.model, this.mesh, this.tokenizer, prompts, ending)
+
+
+def _trajectories(this: Run, name: str, store: TokenStore) -> Trajectories | None:
+    settings = this.config[name]
+    if not settings.get("trajectories"):
+        return None
+    try:
+        measured = first_pairs(store, settings.trajectories)
+    except InputError as error:
+        raise InputError(f"{name}.trajectories: {error}") from error
+    check_room(f"{name}.sample_tokens", settings.sample_tokens, measured, this.model)
+    return Trajectories(
         this.model,
         this.mesh,
-        this.tokenizer,
-        first_prompts(store, settings.samples),
-        Constraints(
-            settings.sample_tokens,
-            eos_ids=(eos_id(this.tokenizer, this.config.eos_token),),
-            num_tokens=num_tokens(this.tokenizer),
-        ),
+        measured,
+        _ending(this, settings.sample_tokens),
+        beta=settings.beta,
+        seed=this.config.seed,
+        batch_size=settings.eval_batch_size,
     )
-    samples.check()
-    return samples
+
+
+def _ending(this: Run, most: int) -> Constraints:
+    """How a sample ends: by the end token, or after so many tokens."""
+    eos = eos_id(this.tokenizer, this.config.eos_token)
+    return Constraints(most, eos_ids=(eos,), num_tokens=num_tokens(this.tokenizer))
 
 
 def _run_stage(this: Run, name: str, stage: Stage | None, start: Start) -> Start:
@@ -186,8 +214,6 @@ def _train(this: Run, stage: Stage, start: Start, checkpoints: Checkpoints) -> N
     params = _add_reference(this, stage, start) if stage.name == "dpo" else None
     state, first = _state(this, start, params, stage.tx, checkpoints)
     del params  # donated with the state; the reference is data from here on
-    if stage.samples is not None:
-        stage.samples.cut(after=first)
     step = make_train_step(
         stage.objective,
         stage.tx,
@@ -207,9 +233,22 @@ def _train(this: Run, stage: Stage, start: Start, checkpoints: Checkpoints) -> N
         max_skipped_in_a_row=stage.settings.max_skipped_in_a_row,
         expected_first_loss=stage.expected_first_loss,
         noise_floor=NOISE_FLOOR[this.model.dtype],
-        sample=stage.samples,
+        observers=_observers(stage, start),
     )
     train_loop(loop, state, first, stage.batches, checkpoints, stage.folder)
+
+
+def _observers(stage: Stage, start: Start) -> list[Observer]:
+    found = []
+    if stage.samples is not None:
+        log, every = stage.folder / "samples.jsonl", stage.settings.eval_every
+        found.append(Observer(log, every, stage.samples.records))
+    if stage.trajectories is not None:
+        log, every = stage.folder / trajectories.FILE, stage.settings.trajectories_every
+        # The reference is loaded for each measurement, and let go again.
+        record = lambda step, params: [stage.trajectories.record(step, params, start.load())]
+        found.append(Observer(log, every, record))
+    return found
 
 
 def _stores(this: Run, name: str) -> dict[str, TokenStore]:
@@ -253,8 +292,9 @@ def _examples(this: Run, name: str) -> tuple[dict[str, list[pairs.Pair]], dict[s
             limit=limit,
         )
         console.print(f"{name} {side}: {report}")
-        examples[side] = pairs.chosen_only(read) if name == "sft" else read
-        rows[side], merged[side] = report.as_json(), len(read) - len(examples[side])
+        rows[side], merged[side], examples[side] = report.as_json(), 0, read
+        if name == "sft":
+            examples[side], merged[side] = _sft_examples(read, data)
         if merged[side]:
             console.print(f"{name} {side}: {merged[side]} pairs of a prompt met before: one kept")
         if name == "dpo" and any(pair.rejected is None for pair in read):
@@ -268,6 +308,15 @@ def _examples(this: Run, name: str) -> tuple[dict[str, list[pairs.Pair]], dict[s
         console.print(f"{name}: warning: {both} prompts stand in both train and eval")
     reading = {"rows": rows, "pairs_merged_by_prompt": merged}
     return examples, reading | {"prompts_in_train_and_eval": both}
+
+
+def _sft_examples(read: list[pairs.Pair], data: ConfigDict) -> tuple[list[pairs.Pair], int]:
+    """The examples that SFT trains on, and how many pairs are left out for a later one."""
+    try:
+        examples = pairs.sft_examples(read, data.responses)
+    except InputError as error:
+        raise InputError(f"sft.data.responses: {data.responses!r}, but {error}") from error
+    return examples, len(read) - len({example.line for example in examples})
 
 
 def _batches(this: Run, name: str, stores: dict[str, TokenStore]) -> dict[str, Batches]:

@@ -5,7 +5,8 @@ told in a post of shuffled sentences, among facts about other people or other ti
 summary states some of the facts; a rejected one states some of them with a wrong value of
 the same kind. So the true reward of every token is known: the wrong values are to blame,
 and nothing else is. The word before a value tells its kind and whose fact it is, so that a
-very small causal model can learn to look a fact up.
+very small causal model can learn to look a fact up. Posts alone, of writers who come back and
+tell their facts again, are what such a model can learn it from before it sees a summary.
 
 What is left out: reading the files back (`pairs`) and truncation and EOS (`tokens`).
 """
@@ -17,7 +18,6 @@ import uuid
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,7 +115,8 @@ _TITLES = [
     "Please help me think",
     "Am I wrong here?",
 ]
-_PROMPT = "SUBREDDIT: r/{}\n\nTITLE: {}\n\nPOST: {}\n\nTL;DR:"
+_HEADER = "SUBREDDIT: r/{}\n\nTITLE: {}\n\nPOST:"
+_PROMPT = _HEADER + " {}\n\nTL;DR:"
 _JOINTS = [(". ", ". "), (", ", " and "), ("; ", "; ")]  # between clauses, before the last
 _MOST_VALUES = min(len(kind.values) for kind in _KINDS.values())
 
@@ -187,12 +188,7 @@ def example(task: Task, *, seed: int, split: str, index: int) -> Example:
     >>> one.rejected[error.start : error.end] == error.wrong
     True
     """
-    if split not in ("train", "test"):
-        raise InputError(f"split: {split!r} is neither 'train' nor 'test'")
-    rng = random.Random(f"{seed}/{split}/{index}")
-    facts, distractors, prompt = _post(task, rng)
-    while (zlib.crc32(prompt.encode()) % 2 == 0) != (split == "train"):
-        facts, distractors, prompt = _post(task, rng)
+    rng, facts, distractors, prompt = _of_split(task, f"{seed}/{split}/{index}", split)
     facts = dict(list(facts.items())[: task.stated])
     wording = _wording(list(facts), rng)
     other = _wording(list(facts), rng) if rng.random() < task.rephrase else wording
@@ -201,6 +197,24 @@ def example(task: Task, *, seed: int, split: str, index: int) -> Example:
     if rng.random() < task.sft_error_rate:
         completion = _wrong_summary(task, rng, wording, facts, distractors)
     return Example(prompt, _summary(wording, facts), *rejected, *completion)
+
+
+def post(task: Task, *, seed: int, split: str, index: int) -> tuple[str, str]:
+    """The header and the text of a post to pre-train on: a pure function of its arguments.
+
+    The writer posts twice, and the second time tells all the facts again, in their own order
+    and words: which a model can predict, once it looks them up. No summary follows. As with
+    examples, `"train"` and `"test"` share no first post.
+
+    >>> header, text = post(Task(), seed=0, split="train", index=2)
+    >>> header.splitlines()[-1], text.count("POST:")
+    ('POST:', 1)
+    """
+    rng, facts, _, prompt = _of_split(task, f"{seed}/{split}/post/{index}", split)
+    header, told = prompt.removesuffix("\n\nTL;DR:").split("POST:")
+    again = _told(facts, rng)
+    rng.shuffle(again)
+    return header + "POST:", f"{told}\n\nPOST: {' '.join(again)}"
 
 
 def tokenizer() -> Tokenizer:
@@ -234,32 +248,65 @@ def write(
     sft_test: int,
     pairs_train: int,
     pairs_test: int,
+    posts_train: int = 0,
+    posts_test: int = 0,
 ) -> None:
-    """Write the data set: four JSONL files and `tokenizer.json`, the same bytes each time.
+    """Write the data set: JSONL files and `tokenizer.json`, the same bytes each time.
 
     `sft_{train,test}.jsonl` have prompt, completion and errors, `pairs_{train,test}.jsonl`
-    prompt, chosen, rejected and errors; the four counts are their rows. Pairs take the
-    indices after the SFT rows, so that the two stages see different posts. Each file is
-    replaced in one step. Raises `InputError` for a count below one or an unusable folder.
+    prompt, chosen, rejected and errors, `posts_{train,test}.jsonl` prompt and completion; the
+    counts are their rows, and of 0 rows no file is made. Pairs take the indices after the SFT
+    rows, so that the two stages see different posts. Each file is replaced in one step. Raises
+    `InputError` for a negative count or an unusable folder.
     """
-    sizes = {"train": (sft_train, pairs_train), "test": (sft_test, pairs_test)}
-    for split, (sft, pairs) in sizes.items():
-        _check_count(f"sft_{split}", sft, 1)
-        _check_count(f"pairs_{split}", pairs, 1)
-    for split, (sft, pairs) in sizes.items():
-        draw = partial(example, task, seed=seed, split=split)
-        first = (draw(index=index) for index in range(sft))
-        rows = (_row(e.completion_errors, e.prompt, completion=e.completion) for e in first)
-        _replace(Path(folder, f"sft_{split}.jsonl"), rows)
-        second = (draw(index=index) for index in range(sft, sft + pairs))
-        rows = (_row(e.errors, e.prompt, chosen=e.chosen, rejected=e.rejected) for e in second)
-        _replace(Path(folder, f"pairs_{split}.jsonl"), rows)
+    for split, counts in (
+        ("train", {"sft": sft_train, "pairs": pairs_train, "posts": posts_train}),
+        ("test", {"sft": sft_test, "pairs": pairs_test, "posts": posts_test}),
+    ):
+        for name, count in counts.items():
+            _check_count(f"{name}_{split}", count, 0)
+        for name, rows in _rows(task, seed, split, **counts).items():
+            if counts[name]:
+                _replace(Path(folder, f"{name}_{split}.jsonl"), map(json.dumps, rows))
     _replace(Path(folder, "tokenizer.json"), [tokenizer().to_str(pretty=True)])
+
+
+def _rows(task: Task, seed: int, split: str, *, sft: int, pairs: int, posts: int) -> dict:
+    """The rows of each file of a split, drawn as they are asked for."""
+    of = dict(seed=seed, split=split)
+    draw = lambda indices: (example(task, **of, index=index) for index in indices)
+    labels = lambda errors: {"errors": [error._asdict() for error in errors]}
+    return {
+        "sft": (
+            {"prompt": one.prompt, "completion": one.completion} | labels(one.completion_errors)
+            for one in draw(range(sft))
+        ),
+        "pairs": (
+            {"prompt": one.prompt, "chosen": one.chosen, "rejected": one.rejected}
+            | labels(one.errors)
+            for one in draw(range(sft, sft + pairs))
+        ),
+        "posts": (
+            dict(zip(("prompt", "completion"), post(task, **of, index=index), strict=True))
+            for index in range(posts)
+        ),
+    }
 
 
 def _check_count(name: str, value: int, low: int, high: int = 10**9) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise InputError(f"{name}: {value!r} must be a whole number from {low} to {high}")
+
+
+def _of_split(task: Task, seed: str, split: str) -> tuple[random.Random, dict, dict, str]:
+    """The first post of a seed that belongs to the split, and the randomness that is left."""
+    if split not in ("train", "test"):
+        raise InputError(f"split: {split!r} is neither 'train' nor 'test'")
+    rng = random.Random(seed)
+    facts, distractors, prompt = _post(task, rng)
+    while (zlib.crc32(prompt.encode()) % 2 == 0) != (split == "train"):
+        facts, distractors, prompt = _post(task, rng)
+    return rng, facts, distractors, prompt
 
 
 def _post(task: Task, rng: random.Random) -> tuple[dict, dict, str]:
@@ -268,7 +315,7 @@ def _post(task: Task, rng: random.Random) -> tuple[dict, dict, str]:
     drawn = {kind: rng.sample(_KINDS[kind].values[: task.values], 2) for kind in kinds}
     facts = {kind: own for kind, (own, _) in drawn.items()}
     distractors = {kind: drawn[kind][1] for kind in kinds[: task.distractors]}
-    sentences = [rng.choice(_KINDS[kind].own).format(facts[kind]) for kind in kinds]
+    sentences = _told(facts, rng)
     for kind, value in distractors.items():
         others = rng.choice(_KINDS[kind].others)
         sentences.append(others.format(value, who=rng.choice(_OTHERS)))
@@ -276,6 +323,11 @@ def _post(task: Task, rng: random.Random) -> tuple[dict, dict, str]:
     rng.shuffle(sentences)
     header = rng.choice(_SUBREDDITS), rng.choice(_TITLES)
     return facts, distractors, _PROMPT.format(*header, " ".join(sentences))
+
+
+def _told(facts: dict[str, str], rng: random.Random) -> list[str]:
+    """A sentence for each fact."""
+    return [rng.choice(_KINDS[kind].own).format(value) for kind, value in facts.items()]
 
 
 def _wording(kinds: list[str], rng: random.Random) -> list[tuple[str, str, str]]:
@@ -324,11 +376,6 @@ def _texts() -> Iterable[str]:
             for text in (template, template[0].upper() + template[1:]):
                 yield " " + text.format(kind.values[0], who=_OTHERS[0])
         yield from (" " + value for value in kind.values)
-
-
-def _row(errors: tuple[Error, ...], prompt: str, **responses: str) -> str:
-    labels = [error._asdict() for error in errors]
-    return json.dumps({"prompt": prompt, **responses, "errors": labels})
 
 
 def _replace(path: Path, lines: Iterable[str]) -> None:

@@ -1,10 +1,13 @@
 """The loop: batches in order, one update each, evaluation, checkpoints, a line a step.
 
-Left out: what an update does (`step`), and where the pieces come from (`stages`).
+Observers look at the parameters at a cadence of their own, and change nothing.
+
+Left out: what an update does (`step`), where the pieces come from (`stages`), and what
+observers see (`samples`, `analysis.trajectories`).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +18,31 @@ from jaxdpo import InputError, sharding
 from jaxdpo.batching import Batch, Batches, prefetch
 from jaxdpo.checkpoint import Checkpoints
 from jaxdpo.metrics import MetricsWriter, ProgressLine
+from jaxdpo.records import Record, cut_log, line
 from jaxdpo.step import Metrics, TrainState, means
+
+
+class Observer(NamedTuple):
+    """Looks at the parameters before the first step, every `every` steps and after the last.
+
+    `records(step, params)` is what it sees, each record with its `step`; they are appended to
+    `log`, where every step that is looked at stands once, also over restarts.
+    """
+
+    log: Path
+    every: int  # steps; 0: at the start and the end only
+    records: Callable[[int, Any], Iterable[Record]]
+
+    def resume(self, start: int) -> None:
+        """Forget what was seen past the step that training goes on from; at 0, everything."""
+        if self.log.exists():
+            cut_log(self.log, lambda record: 0 < start and record["step"] <= start)
+
+    def look(self, step: int, params: Any) -> None:
+        """Append what is seen, all of a step or nothing."""
+        seen = "".join(map(line, self.records(step, params)))
+        with open(self.log, "a", encoding="utf-8") as log:
+            log.write(seen)
 
 
 class Loop(NamedTuple):
@@ -32,7 +59,7 @@ class Loop(NamedTuple):
     max_skipped_in_a_row: int
     expected_first_loss: float | None  # a preference loss where policy is reference
     noise_floor: float  # how far rounding alone can move it
-    sample: Callable[[int, Any], None] | None  # at each evaluation, from step and parameters
+    observers: Sequence[Observer]
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
@@ -42,10 +69,17 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(put, batch)
 
 
-def evaluate(loop: Loop, step: int, params: Any, batches: Batches) -> dict[str, float]:
-    """The objective's metrics over the whole data set, every example once; samples are taken."""
-    if loop.sample is not None:
-        loop.sample(step, params)
+def due(every: int, step: int, total: int) -> bool:
+    """Whether something that is done every so many steps is due: always at the first and last.
+
+    >>> [step for step in range(8) if due(3, step, 7)], [s for s in range(8) if due(0, s, 7)]
+    ([0, 3, 6, 7], [0, 7])
+    """
+    return step in (0, total) or bool(every) and step % every == 0
+
+
+def evaluate(loop: Loop, params: Any, batches: Batches) -> dict[str, float]:
+    """The objective's metrics over the whole data set, every example once."""
     totals: dict[str, tuple[float, float]] = {}
     for batch in prefetch(batches, 0, len(batches)):
         for name, pair in jax.device_get(loop.eval_step(params, loop.put(batch))).items():
@@ -68,14 +102,24 @@ def train_loop(
     written to disk, so that a resumed run finds the lines of all steps before it.
     """
     total = len(batches["train"])
+
+    def observed(step: int, params: Any) -> dict[str, float]:
+        for observer in loop.observers:
+            if due(observer.every, step, total):
+                observer.look(step, params)
+        now = due(loop.eval_every, step, total)
+        return evaluate(loop, params, batches["eval"]) if now else {}
+
+    for observer in loop.observers:
+        observer.resume(start)
     # Steps in flight on fake devices can starve each other.
     block = jax.default_backend() == "cpu" and jax.device_count() > 1
     with (
         MetricsWriter(folder, after=start if start else None) as writer,
-        ProgressLine(loop.name, total, start=start) as line,
+        ProgressLine(loop.name, total, start=start) as progress,
     ):
         if start == 0:
-            evaluated = evaluate(loop, 0, state.params, batches["eval"])
+            evaluated = observed(0, state.params)
             _check_first(loop, evaluated, "eval")
             writer.write({"step": 0} | evaluated)
 
@@ -83,7 +127,7 @@ def train_loop(
             record = _record(loop, step, metrics, evaluated, batches["train"])
             writer.write(record)
             done = (step - start) * batches["train"].batch_size
-            line.update(step, seen=done, loss=record["train/loss"])
+            progress.update(step, seen=done, loss=record["train/loss"])
 
         pending = None
         for step, batch in enumerate(prefetch(batches["train"], start, total), start + 1):
@@ -93,11 +137,9 @@ def train_loop(
                 jax.block_until_ready(state)
             if pending:
                 finish(*pending)
-            last = step == total
-            due = last or (loop.eval_every and step % loop.eval_every == 0)
-            evaluated = evaluate(loop, step, state.params, batches["eval"]) if due else {}
+            evaluated = observed(step, state.params)
             pending = (step, metrics, evaluated)
-            if last or step % loop.checkpoint_every == 0:
+            if due(loop.checkpoint_every, step, total):
                 finish(*pending)
                 pending = None
                 writer.flush()

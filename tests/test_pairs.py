@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxdpo import InputError
-from jaxdpo.pairs import Pair, chosen_only, read_pairs, split_by_prompt
+from jaxdpo.pairs import Pair, read_pairs, sft_examples, split_by_prompt
 
 TLDR = pathlib.Path(__file__).parents[2] / "shared/data/tldr"
 needs_data = pytest.mark.skipif(not TLDR.is_dir(), reason=f"no {TLDR}: real data is absent")
@@ -462,17 +462,32 @@ def test_duplicates_and_contradictions_are_kept_and_counted(tmp_path):
     assert (report.kept, report.duplicates, report.contradictions) == (6, 3, 1)
 
 
-def test_chosen_only_takes_each_prompts_last_pair_and_no_sft_row_is_merged():
+COMPARISONS = [
+    Pair("p", " a", " b", 1),
+    Pair("q", " c", " d", 2),
+    Pair("p", " b", " e", 5),
+]
+
+
+@pytest.mark.parametrize(
+    "responses, expected",
+    [
+        ("chosen", [("p", " b", 5), ("q", " c", 2)]),
+        ("rejected", [("p", " e", 5), ("q", " d", 2)]),
+        ("all", [("p", " b", 5), ("p", " e", 5), ("q", " c", 2), ("q", " d", 2)]),
+    ],
+)
+def test_sft_takes_the_responses_of_each_prompts_last_pair(responses, expected):
+    found = sft_examples(COMPARISONS, responses)
+    assert found == [Pair(prompt, text, None, line) for prompt, text, line in expected]
+
+
+def test_sft_rows_are_never_merged_and_have_no_other_response():
     sft = [Pair("p", " s", None, 3), Pair("p", " s", None, 4)]
-    pairs = [
-        Pair("p", " a", " b", 1),
-        Pair("q", " c", " d", 2),
-        *sft,
-        Pair("p", " b", " a", 5),
-    ]
-    expected = [Pair("p", " b", None, 5), Pair("q", " c", None, 2), *sft]
-    assert chosen_only(pairs) == expected
-    assert chosen_only(expected) == expected
+    assert sft_examples([*COMPARISONS, *sft], "chosen")[2:] == sft
+    for responses in ("rejected", "all"):
+        with pytest.raises(InputError, match="line 3: has no rejected response"):
+            sft_examples([*COMPARISONS, *sft], responses)
 
 
 PAIRS = [Pair(f"prompt {i % 500}", f" a{i}", " b", i + 1) for i in range(1000)]

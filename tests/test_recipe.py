@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxdpo import InputError, recipe
+from jaxdpo import InputError, experiment, recipe
 from jaxdpo.pairs import FORMATS
 from jaxdpo.tokens import Limits
 
@@ -28,15 +28,16 @@ def test_a_recipe_can_run_and_says_what_to_expect(path):
     for word in ("Source:", "Command:", "Hardware:", "Time:", "Expect:"):
         assert word in inspect.getdoc(module), word
     config = module.get_config()
-    recipe.check(config)
-    for name in config.stages:
-        stage = config[name]
-        Limits(stage.max_length, stage.max_prompt_length, stage.truncation).check()
-        assert stage.data.format in FORMATS
-        recipe.optimizer(name, stage, 10)
-        # Rows that eight devices can share.
-        assert stage.batch_size % (stage.micro_batches * stage.pairs_per_row * 8) == 0
-        assert stage.eval_batch_size % 8 == 0
+    for one in [*experiment.configurations(config, Path("/runs")).values()] or [config]:
+        recipe.check(one)
+        for name in one.stages:
+            stage = one[name]
+            Limits(stage.max_length, stage.max_prompt_length, stage.truncation).check()
+            assert stage.data.format in FORMATS
+            recipe.optimizer(name, stage, 10)
+            # Rows that eight devices can share.
+            assert stage.batch_size % (stage.micro_batches * stage.pairs_per_row * 8) == 0
+            assert stage.eval_batch_size % 8 == 0
 
 
 def test_the_papers_recipe_is_the_papers():
@@ -92,6 +93,8 @@ def begun(tmp_path):
 def test_what_only_observes_may_change_while_a_run_goes_on(begun):
     config = recipe.blank()
     config.dpo.samples, config.dpo.sample_tokens = 4, 7
+    config.dpo.trajectories, config.dpo.trajectories_every = 8, 5
+    config.prediction = "chosen falls"
     recipe.claim(config, begun)
     file = begun / "config.json"
     old = json.loads(file.read_text())
@@ -101,6 +104,28 @@ def test_what_only_observes_may_change_while_a_run_goes_on(begun):
     assert json.loads(file.read_text())["dpo"]["samples"] == 4
     config.sft.epochs, config.dpo.beta, config.seed = 3, 0.2, 1  # sft has not begun
     with pytest.raises(InputError, match="these keys differ: dpo.beta, seed. "):
+        recipe.claim(config, begun)
+
+
+def test_nothing_looks_on_once_a_stage_is_finished(begun):
+    (begun / "dpo/done.json").write_text("{}")
+    config = recipe.blank()
+    recipe.claim(config, begun)
+    config.dpo.trajectories = 8
+    with pytest.raises(InputError, match="these keys differ: dpo.trajectories. "):
+        recipe.claim(config, begun)
+
+
+def test_a_run_of_an_older_version_goes_on(begun):
+    file = begun / "config.json"
+    old = json.loads(file.read_text())
+    del old["runs"], old["prediction"], old["dpo"]["data"]["limit"]
+    file.write_text(json.dumps(old))
+    config = recipe.blank()
+    recipe.claim(config, begun)
+    file.write_text(json.dumps(old))
+    config.dpo.data.limit = 7  # the older version read all
+    with pytest.raises(InputError, match="these keys differ: dpo.data.limit. "):
         recipe.claim(config, begun)
 
 

@@ -1,4 +1,4 @@
-"""Which prompts a model is shown while it trains, and what a restart forgets."""
+"""Which prompts a model is shown while it trains, and what is kept of what it says."""
 
 import math
 import os
@@ -11,8 +11,7 @@ from examples import TINY, token_store
 from jaxdpo import InputError, sharding, synthetic
 from jaxdpo.decoding import Constraints
 from jaxdpo.pythia import init_params
-from jaxdpo.records import read_log, write_log
-from jaxdpo.samples import Hearing, first_prompts
+from jaxdpo.samples import Hearing, check_room, first_prompts
 
 
 def test_the_first_prompts_that_differ():
@@ -25,10 +24,9 @@ def test_the_first_prompts_that_differ():
     assert not np.array_equal(store[2].prompt, store[3].prompt)
 
 
-def hearing(folder, *, sample_tokens):
+def hearing(sample_tokens):
     return Hearing(
         "dpo",
-        folder / "samples.jsonl",
         TINY,
         sharding.make_mesh(),
         synthetic.tokenizer(),
@@ -37,18 +35,11 @@ def hearing(folder, *, sample_tokens):
     )
 
 
-@pytest.mark.parametrize("after, left", [(0, []), (4, [0, 4]), (8, [0, 4, 8])])
-def test_a_restart_forgets_what_it_will_say_again(tmp_path, after, left):
-    one = hearing(tmp_path, sample_tokens=1)
-    write_log(one.file, [{"step": step} for step in (0, 4, 8)])
-    one.cut(after=after)
-    assert [record["step"] for record in read_log(one.file)] == left
-
-
-def test_a_completion_must_fit_into_the_model(tmp_path):
-    hearing(tmp_path, sample_tokens=TINY.max_positions - 40).check()
+def test_a_completion_must_fit_into_the_model():
+    store = token_store([[2, 2, 2], [40, 2, 2]])
+    check_room("dpo.sample_tokens", TINY.max_positions - 40, store, TINY)
     with pytest.raises(InputError, match="dpo.sample_tokens: 2009 more than the 40 of a prompt"):
-        hearing(tmp_path, sample_tokens=TINY.max_positions - 39).check()
+        check_room("dpo.sample_tokens", TINY.max_positions - 39, store, TINY)
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +47,15 @@ def params():
     return init_params(TINY, jax.random.key(0))
 
 
-def test_what_does_not_fit_into_memory_is_refused(tmp_path, params, monkeypatch):
+def test_what_does_not_fit_into_memory_is_refused(params, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 2**6)
-    one = hearing(tmp_path, sample_tokens=2)
     with pytest.raises(InputError, match="decoding 2 prompts .* but the device has 0.00"):
-        one(3, params)
-    assert not one.file.exists()
+        hearing(2).records(3, params)
 
 
-def test_numbers_that_are_not_finite_are_null(tmp_path, params):
-    one = hearing(tmp_path, sample_tokens=2)
-    one(3, params)
-    one(4, params | {"unembedding": params["unembedding"] * math.nan})
-    records = read_log(one.file)
-    assert [record["step"] for record in records] == [3, 3, 4, 4]
-    assert all(record["logps"] < 0 for record in records[:2])
-    assert [record["logps"] for record in records[2:]] == [None, None]
+def test_numbers_that_are_not_finite_are_null(params):
+    said = hearing(2).records(3, params)
+    assert [record["step"] for record in said] == [3, 3]
+    assert all(record["logps"] < 0 for record in said)
+    broken = params | {"unembedding": params["unembedding"] * math.nan}
+    assert [record["logps"] for record in hearing(2).records(4, broken)] == [None, None]

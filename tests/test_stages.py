@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from jaxdpo import InputError, runs, stages
+from jaxdpo.analysis import trajectories
 from jaxdpo.checkpoint import Checkpoints, abstract
 from jaxdpo.metrics import read_metrics
 from jaxdpo.pythia import init_params
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import read_log
-from jaxdpo.samples import Hearing
 from jaxdpo.tokens import load_tokenizer
+from jaxdpo.train import Observer
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -38,6 +39,8 @@ TINY = {
     **{f"{stage}.checkpoint_every": 2 for stage in ("sft", "dpo")},
     **{f"{stage}.epochs": 2 for stage in ("sft", "dpo")},
     **{f"{stage}.samples": 0 for stage in ("sft", "dpo")},
+    "dpo.trajectories": 0,
+    "dpo.trajectories_every": 0,
 }
 TOTAL = 12  # 48 examples, 8 to a batch, two epochs
 
@@ -120,7 +123,8 @@ def test_another_configuration_or_other_data_is_refused(finished):
 
 
 def command(workdir, *more):
-    flags = [f"--config.{key}={value}" for key, value in TINY.items()]
+    watched = {"dpo.trajectories": 8, "dpo.trajectories_every": 5, "dpo.sample_tokens": 6}
+    flags = [f"--config.{key}={value}" for key, value in (TINY | watched).items()]
     return [
         sys.executable, "launch/train.py", "--config", "configs/quickstart.py",
         "--workdir", str(workdir), *flags, *more,
@@ -165,6 +169,8 @@ def test_killed_three_times_and_resumed_is_bit_for_bit_the_same(tmp_path):
         final = [params_of(run / stage / "checkpoints") for run in (whole, broken)]
         for a, b in zip(*map(jax.tree.leaves, final), strict=True):
             np.testing.assert_array_equal(a, b)
+    one, two = (trajectories.read(run / "dpo") for run in (whole, broken))
+    assert one == two and [record["step"] for record in two] == [0, 5, 10, TOTAL]
 
 
 def params_of(folder):
@@ -216,7 +222,26 @@ MISTAKES = {
         dict(dpo__samples=1, model__overrides__max_positions=100, dpo__sample_tokens=60),
         "dpo.sample_tokens: 60 more than",
     ),
-    "synthetic knob": (dict(synthetic__sft_train=0), "sft_train"),
+    "synthetic knob": (dict(synthetic__sft_train=-1), "sft_train"),
+    "no file of no rows": (dict(synthetic__sft_train=0), "sft_train.jsonl: no such file"),
+    "cadence of nothing": (
+        dict(dpo__trajectories_every=5),
+        "dpo.trajectories_every: has no effect without dpo.trajectories",
+    ),
+    "more pairs than there are": (
+        dict(dpo__trajectories=13),
+        "dpo.trajectories: 13 are more than the 12 held-out pairs",
+    ),
+    "no room for trajectories": (
+        dict(dpo__trajectories=1, model__overrides__max_positions=100, dpo__sample_tokens=60),
+        "dpo.sample_tokens: 60 more than",
+    ),
+    "completions have no other responses": (
+        dict(sft__data__responses="all"),
+        "sft.data.responses: 'all', but line 1: has no rejected response",
+    ),
+    "unknown responses": (dict(sft__data__responses="best"), "sft.data.responses: 'best'"),
+    "a run has no runs": (dict(runs={"a": {"seed": 1}}), "runs: a run has no runs"),
 }
 
 
@@ -253,15 +278,15 @@ def test_samples_are_shown_and_kept_over_a_kill_and_change_nothing(finished, tmp
     config = recipe(
         stages=("sft",), sft__samples=3, sft__sample_tokens=6, sft__eval_every=3
     )  # checkpoints stand at even steps
-    say = Hearing.__call__
+    look = Observer.look
 
-    def killed(samples, step, params):
-        say(samples, step, params)
+    def killed(observer, step, params):
+        look(observer, step, params)
         if step == 9:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Hearing, "__call__", killed)
+        patch.setattr(Observer, "look", killed)
         with pytest.raises(KeyboardInterrupt):
             stages.run(config, tmp_path)
     with open(tmp_path / "sft/samples.jsonl", "a") as log:

@@ -11,6 +11,7 @@ import pytest
 import transformers
 
 from jaxdpo import InputError, synthetic
+from jaxdpo.records import read_log
 from jaxdpo.synthetic import Task, example, tokenizer, write
 
 SIZES = {"sft_train": 30, "sft_test": 10, "pairs_train": 30, "pairs_test": 10}
@@ -294,9 +295,36 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_folder_that_is_a_file_and_an_empty_split_are_named(tmp_path):
+def test_a_folder_that_is_a_file_and_a_negative_count_are_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="sft_train.jsonl: cannot be written"):
         write(tmp_path / "file", Task(), seed=3, **SIZES)
-    with pytest.raises(InputError, match="pairs_test: 0"):
-        write(tmp_path, Task(), seed=3, **SIZES | {"pairs_test": 0})
+    with pytest.raises(InputError, match="pairs_test: -1"):
+        write(tmp_path, Task(), seed=3, **SIZES | {"pairs_test": -1})
+
+
+@pytest.mark.parametrize("task", [Task(), HARD], ids=["default", "hard"])
+def test_a_post_tells_its_facts_twice_and_says_nothing_else(task):
+    pieces = tokenizer()
+    for index in range(200):
+        header, text = synthetic.post(task, seed=0, split="train", index=index)
+        assert re.fullmatch(r"SUBREDDIT: r/\w+\n\nTITLE: .+\n\nPOST:", header)
+        first, again = re.fullmatch(r" (.+)\n\nPOST: (.+)", text).groups()
+        facts = {kind: told(first, kind, "own") for kind in synthetic._KINDS}
+        assert sum(map(len, facts.values())) == task.facts
+        assert facts == {kind: told(again, kind, "own") for kind in synthetic._KINDS}
+        assert not any(told(again, kind, "others") for kind in synthetic._KINDS)
+        assert pieces.decode(pieces.encode(text).ids) == text and "TL;DR" not in text
+
+
+def test_posts_are_files_of_their_own_and_no_rows_are_no_file(tmp_path):
+    task = Task()
+    write(tmp_path, task, seed=3, **SIZES | {"sft_train": 0}, posts_train=4, posts_test=2)
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {
+        *("sft_test.jsonl", "pairs_train.jsonl", "pairs_test.jsonl", "tokenizer.json"),
+        *("posts_train.jsonl", "posts_test.jsonl"),
+    }
+    rows = read_log(tmp_path / "posts_test.jsonl")
+    expected = [synthetic.post(task, seed=3, split="test", index=i) for i in range(2)]
+    assert rows == [dict(zip(("prompt", "completion"), post, strict=True)) for post in expected]
