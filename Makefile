@@ -1,4 +1,5 @@
-# make quickstart   install what running needs, then SFT, DPO and a report on the built-in data
+# make quickstart   install what running needs, then SFT and DPO on the built-in data, what the
+#                   policy says and which tokens it rewards, and a page that shows it all
 # make test         the same environment plus the test extra, then the suite
 # make lint         ruff, as the pre-commit hook runs it
 PYTHON ?= python3
@@ -11,8 +12,17 @@ BIN := .venv/bin
 KEEP := 17179869184
 TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=$(KEEP):glibc.malloc.trim_threshold=$(KEEP)
 
+RUN := runs/quickstart
+DECODE := launch/decode.py --model $(RUN):dpo --reference $(RUN):sft --beta 0.1 \
+	--data $(RUN)/data/pairs_test.jsonl --limit 6 --max_new_tokens 32
+
 quickstart: .venv/installed
-	GLIBC_TUNABLES=$(TUNABLES) $(BIN)/python launch/train.py --config configs/quickstart.py --workdir runs/quickstart
+	GLIBC_TUNABLES=$(TUNABLES) $(BIN)/python launch/train.py --config configs/quickstart.py --workdir $(RUN)
+	$(BIN)/python $(DECODE) --method greedy --out $(RUN)/decoded/greedy.jsonl
+	$(BIN)/python $(DECODE) --method beam --beam_size 5 --length_penalty 0 --early_stopping never --out $(RUN)/decoded/beam_5.jsonl
+	$(BIN)/python launch/analyze.py credit --run $(RUN)
+	$(BIN)/python launch/analyze.py credit-benchmark --run $(RUN)
+	$(BIN)/python launch/analyze.py report --run $(RUN)
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest

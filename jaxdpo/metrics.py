@@ -1,7 +1,7 @@
 """What a run says while it trains: `metrics.jsonl`, TensorBoard, and a line of progress.
 
 `metrics.jsonl` holds every step once, also over restarts: resuming at a step cuts the
-lines past it. Left out: figures (`analysis.report`).
+lines past it. Left out: figures (`analysis.curves`).
 """
 
 import math

@@ -80,7 +80,7 @@ def differing(found: Record, wanted: Record, prefix: str = "") -> list[str]:
 def _parsed(text: bytes) -> Record | None:
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter: objects in objects, without an end
         return None
     return record if isinstance(record, dict) else None
 

@@ -1,7 +1,7 @@
 """What the folder of a run holds, for whoever did not train it: a stage's model, exported too.
 
 Reads the configuration that the run saved; executes nothing. Left out: making a run
-(`stages`), and what its curves say (`analysis.report`).
+(`stages`), and what its curves say (`analysis.curves`).
 """
 
 import dataclasses

@@ -62,13 +62,28 @@ def test_decode_shows_and_writes_what_a_model_says(tmp_path):
     assert "decoded 4/4" in done.stderr and f"{file} " in done.stderr.splitlines()[0]
 
 
-@pytest.mark.parametrize("launcher", ["convert", "decode", "inspect_data", "train"])
+def test_analyze_shows_and_draws_the_reward_of_every_token(data, tmp_path):
+    policy, reference = checkpoint(tmp_path / "policy", 0), checkpoint(tmp_path / "reference", 1)
+    rows = [{"prompt": text, "chosen": " I feel sad.", "rejected": " I feel"} for text in TEXTS]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = run(
+        "analyze", "credit", "--model", policy, "--reference", reference, "--beta", 0.1,
+        "--data", tmp_path / "pairs.jsonl", "--format", "pairs", "--out", tmp_path / "[out]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "·sad" in done.stdout and f"{tmp_path}/[out]/credit.html" in done.stdout
+    written = {"credit.html", "credit.json", "credit.png"}
+    assert {file.name for file in (tmp_path / "[out]").iterdir()} == written
+
+
+@pytest.mark.parametrize("launcher", ["analyze", "convert", "decode", "inspect_data", "train"])
 def test_help_says_what_a_launcher_does_and_each_flag(launcher):
     done = run(launcher, "--help")
-    assert done.returncode == 0 and f"python launch/{launcher}.py --" in done.stdout
+    assert done.returncode == 0 and f"python launch/{launcher}.py " in done.stdout
     source = (ROOT / f"launch/{launcher}.py").read_text()
     names = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)
-    assert len(names) >= 2 and all(f"  --{name}:" in done.stdout for name in names)
+    shown = done.stdout.replace("--[no]", "--")
+    assert len(names) >= 2 and all(f"  --{name}:" in shown for name in names)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +102,9 @@ def test_help_says_what_a_launcher_does_and_each_flag(launcher):
             "temperature: has no effect on greedy",
         ),
         ("decode", ["--model", "x", "--prompt", "a", "--out", ""], "out='': names no file"),
+        ("analyze", [], "a command is missing; choose credit, credit-benchmark, report"),
+        ("analyze", ["report", "--run", "x", "--beta", "1"], "--beta: has no effect on report"),
+        ("analyze", ["report", "--run", "nowhere"], "nowhere: no run there"),
         ("convert", ["--check", "{data}"], "config.json"),
         ("convert", ["--workdir", "{data}", "--to", "x"], "no run there"),
         ("convert", ["--check", "{data}", "--to", "x"], "give either"),

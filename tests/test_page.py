@@ -9,9 +9,10 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from jaxdpo.analysis import curves, page
+from jaxdpo.analysis import page
 from jaxdpo.analysis.page import Section
 from jaxdpo.analysis.side_by_side import Card
+from jaxdpo.analysis.trajectories import COLOURS
 
 PAGE_CSS = (Path(page.__file__).parent / "templates/page.css").read_text()
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -87,7 +88,7 @@ def test_colours_are_there_for_light_dark_and_paper():
     for scheme in (light, dark, paper):  # as WCAG asks of text, and of graphics
         for colour in ("ink", "muted", "link", "warn"):
             assert contrast(scheme[f"--{colour}"], scheme["--paper"]) >= 4.5, colour
-        for colour in (curves.CHOSEN, curves.REJECTED):
+        for colour in COLOURS.values():
             assert contrast(colour, scheme["--paper"]) >= 3.0, colour
 
 
@@ -108,6 +109,36 @@ def test_figure_takes_the_ink_of_the_page():
     assert "<style" not in svg and "#ffffff" not in svg  # which would apply to the whole page
     assert 'role="img"' in svg and "<title>figure</title>" in svg
     assert re.search(r"<text[^>]*>curve</text>", svg)
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("a\u202eb", "a⟨U+202E⟩b"),
+        ("\x1b[31m\x00", "⟨U+001B⟩[31m⟨U+0000⟩"),  # which no XML may hold
+        ("\ufffe", "⟨U+FFFE⟩"),
+        ("\ud83d", "⟨U+D83D⟩"),
+        ("$x$", "$x$"),  # mathematics, elsewhere
+        ("$\\frac$", "$\\frac$"),  # and no such
+        ("costs 5$", "costs 5$"),
+    ],
+)
+def test_text_in_drawings_is_visible_and_no_mathematics(text, shown):
+    figure = Figure()
+    one, two = figure.subplots(1, 2)
+    one.plot([1, 2], [1, 1e5], label=text)
+    one.set(yscale="log", title=text, xlabel=text, ylabel=text)
+    one.set_xticks([1, 2], [text, "b"])
+    one.set_xticks([1.5], [text], minor=True)
+    one.annotate(text, (1, 1))
+    one.legend(title=text)
+    two.barh([text, "b"], [1, 2])  # a place for each text
+    figure.suptitle(text)
+    places = 10
+    assert Document(page.figure(figure, "c")).text.count(shown) == places
+    svg = page.figure(figure, "c")  # and once more
+    assert Document(svg).text.count(shown) == places
+    assert "10" in svg and "mathdefault" not in svg  # powers of ten are drawn, not spelt
 
 
 @pytest.mark.parametrize(
@@ -139,6 +170,12 @@ def test_markup_is_left_alone_and_numbers_stand_to_the_right():
     assert html.count('class="number"') == 4  # of the header and its three cells
     with pytest.raises(ValueError):
         page.table(["a"], [["1", "2"]])
+
+
+def test_a_long_number_is_told_in_no_time():
+    numbers = ["1" * 100_000, "1,204.5e-3 %", "1.", "inf", "not finite", "0.9 [0.8, 1.0]"]
+    assert page._numeric(numbers)
+    assert not page._numeric([numbers[0] + "x"])
 
 
 def test_templates_name_no_variable_that_is_not_given():

@@ -6,6 +6,8 @@ import pytest
 
 from jaxdpo import InputError, records
 
+DEEP = '{"n":' * 100_000 + "1" + "}" * 100_000  # deeper than Python reads
+
 
 @pytest.mark.parametrize("half", ['{"n": 2, "te', '{"n": 2', '{"n": 2, "text": "\u00e9'])
 def test_half_a_line_is_left_out_and_cut(tmp_path, half):
@@ -19,7 +21,7 @@ def test_half_a_line_is_left_out_and_cut(tmp_path, half):
     assert file.read_text(encoding="utf-8") == records.line(whole[0])
 
 
-@pytest.mark.parametrize("wrong", ['{"n": 1, "te', "", "3", "[]"])
+@pytest.mark.parametrize("wrong", ['{"n": 1, "te', "", "3", "[]", DEEP])
 def test_a_line_before_the_last_that_is_no_record_is_named(tmp_path, wrong):
     file = tmp_path / "a.jsonl"
     file.write_text(f'{{"n": 0}}\n{wrong}\n{{"n": 2}}\n')
@@ -27,7 +29,7 @@ def test_a_line_before_the_last_that_is_no_record_is_named(tmp_path, wrong):
         records.read_log(file)
 
 
-@pytest.mark.parametrize("wrong", ['{"n": 1', "", "3", '{"n": "\udcff"}'])
+@pytest.mark.parametrize("wrong", ['{"n": 1', "", "3", '{"n": "\udcff"}', DEEP])
 def test_a_whole_file_that_is_no_object_is_named(tmp_path, wrong):
     file = tmp_path / "a.json"
     file.write_bytes(wrong.encode(errors="surrogateescape"))

@@ -1,1 +1,1 @@
-"""Figures and tables made from runs."""
+"""Figures, tables and pages made from runs."""

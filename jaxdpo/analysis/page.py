@@ -18,13 +18,17 @@ from xml.etree import ElementTree
 import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
+from matplotlib.text import Text
+from matplotlib.ticker import Formatter, LogFormatter, LogitFormatter, ScalarFormatter
 
 INK = "#000000"  # of a figure: becomes the colour of the page's text; all others stay
-_ONE = r"[-+−]?(\d[\d,]*\.?\d*(e[-+]?\d+)?\s?%?|inf|nan)"
-_NUMBER = re.compile(rf"{_ONE}( ± {_ONE}| \[{_ONE}, {_ONE}\])?|[-–—]?", re.IGNORECASE)
+_ONE = r"[-+−]?(\d[\d,]*(\.\d*)?(e[-+]?\d+)?\s?%?|inf|nan)"
+_NUMBER = re.compile(rf"{_ONE}( ± {_ONE}| \[{_ONE}, {_ONE}\])?|[-–—]?|not finite", re.IGNORECASE)
 _JOINERS = re.compile("(?<=[^\x00-\x7f])[\u200c\u200d](?=[^\x00-\x7f])")  # of emoji, of Persian
+_NUMBERS = (ScalarFormatter, LogFormatter, LogitFormatter)  # of ticks; some write mathematics
 _figures = itertools.count(1)
 
 
@@ -56,7 +60,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
 
 
 def figure(fig: Figure, caption: str = "") -> Markup:
-    """A figure as inline SVG with its text as text; the caller closes the figure.
+    """A figure as inline SVG with its text as text, and nothing in it as mathematics.
 
     Backgrounds become transparent and exact black the colour of the page's text. Choose other
     colours to be read on white and on nearly black; letters over coloured areas need such a
@@ -64,6 +68,7 @@ def figure(fig: Figure, caption: str = "") -> Markup:
     """
     for legend in fig.findobj(Legend):
         legend.set_frame_on(False)
+    _show_text(fig)
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "jaxdpo"}):
         fig.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -107,7 +112,7 @@ def visible(text: Any) -> Any:
 
 
 def _numeric(column: Sequence[str]) -> bool:
-    """Whether all cells hold a number, with its error or interval or without, or a dash for none.
+    """Whether all cells hold a number, with or without its error or interval, or say: none.
 
     >>> _numeric(["0.9 [0.8, 1.0]", "–"]), _numeric(["–"]), _numeric(["5 of 6"])
     (True, False, False)
@@ -116,8 +121,29 @@ def _numeric(column: Sequence[str]) -> bool:
 
 
 def _invisible(one: str) -> bool:
-    """Controls, formats, lone surrogates and line separators."""
-    return unicodedata.category(one) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    """Controls, formats, lone surrogates, line separators, and what no XML may hold."""
+    return unicodedata.category(one) in ("Cc", "Cf", "Cs", "Zl", "Zp") or one in "\ufffe\uffff"
+
+
+def _show_text(fig: Figure) -> None:
+    """Make the text of a figure visible and plain, but for the numbers that an axis writes."""
+    numbers = []
+    for axis in fig.findobj(Axis):
+        numbers.append(axis.offsetText)
+        for minor, formatter in enumerate((axis.get_major_formatter(), axis.get_minor_formatter())):
+            if isinstance(formatter, _NUMBERS):
+                numbers += axis.get_ticklabels(minor=bool(minor))
+            else:
+                _show_ticks(formatter)
+    for text in fig.findobj(Text):
+        if text not in numbers:
+            text.set(text=visible(text.get_text()), parse_math=False)
+
+
+def _show_ticks(formatter: Formatter) -> None:
+    """Labels of ticks are written anew whenever an axis is drawn: what writes them must change."""
+    written = formatter.format_ticks
+    formatter.format_ticks = lambda values: list(map(visible, written(values)))
 
 
 def _make_inline(drawn: ElementTree.Element, title: str, *, prefix: str) -> None:

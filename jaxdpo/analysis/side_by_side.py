@@ -51,18 +51,15 @@ def samples(file: Path) -> Markup:
 
 
 def column(file: Path) -> Column:
-    """A file of completions with its settings; raises where it is not one."""
-    settings = _settings(read_json(file.with_name(file.name + ".settings.json")))
-    cards, most = {}, 0
+    """A file of completions with its settings, if they are known; raises where it is not one."""
+    settings, said = _known_settings(file.with_name(file.name + ".settings.json")), {}
     for record in read_log(file):
-        said = record["completions"]
-        most = max(most, len(said))
-        headings = [file.stem] if len(said) == 1 else [f"{file.stem} {n + 1}" for n in range(most)]
-        found = list(map(_card, headings, said))
-        cards[record.get("prompt") or "\n\n".join(record["prompts"])] = found[:MOST_OF_ONE]
+        prompt = record["prompt"] if "prompt" in record else "\n\n".join(record["prompts"])
+        said.setdefault(prompt, []).extend(record["completions"])  # it may stand there twice
+    most = max(map(len, said.values()), default=0)
     if most > MOST_OF_ONE:
         settings.append(("shown", f"the first {MOST_OF_ONE} of {most} completions"))
-    return Column(file.stem, settings, cards)
+    return Column(file.stem, settings, {prompt: _cards(file.stem, x) for prompt, x in said.items()})
 
 
 def completions(columns: Sequence[Column]) -> Markup:
@@ -82,6 +79,12 @@ def _groups(notes: list[str], cards: dict[str, list[Card]]) -> Markup:
     return page.macros("side_by_side.html").groups("; ".join(notes), list(cards.items())[:MOST])
 
 
+def _cards(name: str, said: Sequence[Record]) -> list[Card]:
+    """The first completions of a prompt, numbered where there are several."""
+    headings = [name] if len(said) == 1 else [f"{name} {n + 1}" for n in range(MOST_OF_ONE)]
+    return [_card(heading, one) for heading, one in zip(headings, said, strict=False)]
+
+
 def _card(heading: str, said: Record) -> Card:
     """The text of a sample or completion, and the numbers that are known of it."""
     numbers = []
@@ -94,6 +97,15 @@ def _card(heading: str, said: Record) -> Card:
     if not said["ended"]:
         numbers.append("cut at the limit")
     return Card(heading, said["text"], " · ".join(numbers))
+
+
+def _known_settings(file: Path) -> list[tuple[str, str]]:
+    """How it was decoded, or that nobody knows: what was said can be read all the same."""
+    try:
+        return _settings(read_json(file))
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        why = "is not there" if isinstance(error, FileNotFoundError) else "cannot be read"
+        return [("settings", f"not known ({file.name} {why})")]
 
 
 def _settings(settings: Record) -> list[tuple[str, str]]:
