@@ -14,13 +14,15 @@ Data flows through the modules in this order:
     pythia_cache  the model one token at a time, over a pool of keys and values
     hf_layout    how Hugging Face names and lays out the tensors: one table
     convert      Hugging Face weights <-> parameters
-    qfunction    hidden states -> log-probabilities of the scored tokens
+    qfunction    logits -> token log-probabilities, Q, V, advantages, token rewards
+    token_mdp    MDPs small enough to solve exactly: soft dynamic programming
     losses       the objectives: one number per pair
     reference    the reference's token log-probabilities, computed once
     step         state, objectives, optimizer, the jitted update
     train        the loop: updates, evaluation, checkpoints, a line a step
     recipe       what a configuration asks for, checked
     stages       a run: its stages in order, their data, where each one starts
+    experiment   several runs from one recipe, side by side
     decoding     beams, samples and products of models over one jitted loop
     checkpoint   Orbax: save, resume, load parameters
     records      JSON on disk that a kill cannot spoil: whole files, logs of lines
@@ -31,7 +33,13 @@ Data flows through the modules in this order:
     prompts      where prompts come from: typed, a file, a data set
     completions  prompts as text -> completions as text: models, products, methods
     transcript   completions in a file, gone on with after a kill
-    analysis     figures and tables
+    corruption   wrong responses made from right ones by rule: the wrong characters are known
+    analysis     figures, tables and pages:
+      trajectories  implicit rewards in training: which fall, where, and what theory says
+      token_scores  what a model says of every token of given responses
+      credit        which tokens a policy rewards: a heat map
+      credit_benchmark  how well that finds the tokens that are known to be wrong
+      page, report  a run's folder as one page
 
 Axes in shapes: B rows, T positions, S scored positions, G groups of rows, P pairs to a
 group, V vocabulary, D width, F MLP width, N heads, H head width, L layers; in decoding K
