@@ -6,7 +6,6 @@ prompt fix their rewards up to a constant, hence log pi*(y) up to a constant, wh
 normalisation fixes: all of pi* is identified. `theory.py` prints and draws what is found here.
 """
 
-import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from jaxdpo import losses
 from jaxdpo.token_mdp import TokenMDP, Walks, preferences, prefix_tree, random_mdp, solve, walks
 
 BETA = 0.5
+MAX_STEPS, TOLERANCE = 300, 1e-14  # on from a gradient of 0, L-BFGS divides noise by noise
 FORWARD, BACKWARD = "#1f6fb4", "#d1495b"
 
 
@@ -45,28 +45,35 @@ def learning(num_draws: int = 20, seed: int = 0) -> Learning:
     """DPO on a thousand to a million pairs, on several draws of each number of them."""
     mdp, responses = known_reward()
     best = solve(mdp, beta=BETA).policy_logps
-    rewards = responses.sums(mdp.rewards)
-    chances = pair_chances(mdp, responses, rewards)
+    chances = pair_chances(mdp, responses, responses.sums(mdp.rewards))
     pairs = np.logspace(3, 6, 7).astype(int)
     rng = np.random.default_rng(seed)
     wins = rng.multinomial(np.repeat(pairs, num_draws), chances.ravel()).astype(float)
-    wins = wins.reshape(-1, *chances.shape)
-    policies = dpo_policies(mdp, responses, wins, beta=BETA, num_steps=60)
-    forward, backward = (
-        kl.reshape(len(pairs), -1) for kl in divergences(responses, best, policies)
-    )
-    exact = np.abs(dpo_optimum(mdp, responses, rewards, beta=BETA) - best).max()
+    wins = [chances, *wins.reshape(-1, *chances.shape)]
+    policies = dpo_policies(mdp, responses, np.stack(wins), beta=BETA)
+    exact = float(np.abs(policies[0] - best).max())
+    both = divergences(responses, responses.sums(best), policies[1:])
+    forward, backward = (kl.reshape(len(pairs), -1) for kl in both)
     expected = expected_kl(responses, best, chances, beta=BETA)
-    return Learning(pairs, forward, backward, float(exact), expected)
+    return Learning(pairs, forward, backward, exact, expected)
 
 
 def known_reward() -> tuple[TokenMDP, Walks]:
     """15 responses of up to three tokens, none of them rare under the reference."""
     _, transitions = prefix_tree(num_tokens=3, horizon=3)
-    mdp = random_mdp(transitions, seed=0)
+    mdp = near_uniform(random_mdp(transitions, seed=0))
+    return mdp, walks(transitions, max_length=3).responses()
+
+
+def near_uniform(mdp: TokenMDP) -> TokenMDP:
+    """The same with a reference that makes no response rare, so that the optimizer converges."""
     z = np.random.default_rng(5).normal(scale=0.5, size=mdp.rewards.shape)
-    reference = z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
-    return mdp._replace(reference_logps=reference), walks(transitions, max_length=3).responses()
+    return mdp._replace(reference_logps=log_softmax(z))
+
+
+def log_softmax(z: np.ndarray) -> np.ndarray:
+    """z - log sum exp z, over the last axis."""
+    return z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
 
 
 def pair_chances(mdp: TokenMDP, responses: Walks, rewards: np.ndarray) -> np.ndarray:
@@ -77,29 +84,28 @@ def pair_chances(mdp: TokenMDP, responses: Walks, rewards: np.ndarray) -> np.nda
     return both / both.sum() * 2 * preferences(rewards)
 
 
-def dpo_optimum(mdp: TokenMDP, responses: Walks, rewards: np.ndarray, *, beta: float) -> np.ndarray:
-    """log pi [S, V] of DPO on every pair there is, weighted by its probability."""
-    wins = pair_chances(mdp, responses, rewards)[None]
-    return dpo_policies(mdp, responses, wins, beta=beta, num_steps=300)[0]
+def dpo_optima(mdp: TokenMDP, responses: Walks, rewards: np.ndarray, *, beta: float) -> np.ndarray:
+    """log pi [D, S, V] of DPO on every pair there is, weighted by its probability.
+
+    `rewards` [D, N] are of the whole responses.
+    """
+    wins = np.stack([pair_chances(mdp, responses, some) for some in rewards])
+    return dpo_policies(mdp, responses, wins, beta=beta)
 
 
-def dpo_policies(
-    mdp: TokenMDP, responses: Walks, wins: np.ndarray, *, beta: float, num_steps: int
-) -> np.ndarray:
+def dpo_policies(mdp: TokenMDP, responses: Walks, wins: np.ndarray, *, beta: float) -> np.ndarray:
     """log pi [D, S, V] of policies trained by `losses.dpo_loss`, from the reference on.
 
     `wins[d, i, j]` is how often data set d prefers response i to j; the loss is the mean over
     its pairs, in float64, the optimizer L-BFGS.
     """
     with jax.enable_x64(True):
-        tables = map(jnp.asarray, (mdp.reference_logps, responses.visits, wins))
-        logits = np.asarray(_trained(*tables, beta, num_steps))
-    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        tables = mdp.reference_logps, responses.visits
+        return np.array([_trained(*tables, some, beta) for some in wins])
 
 
-@functools.partial(jax.jit, static_argnums=4)
-@functools.partial(jax.vmap, in_axes=(None, None, 0, None, None))
-def _trained(reference, visits, wins, beta, num_steps):
+@jax.jit
+def _trained(reference, visits, wins, beta):
     first, second = jnp.indices(wins.shape)
 
     def logps(logits):
@@ -113,22 +119,30 @@ def _trained(reference, visits, wins, beta, num_steps):
     tx = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
 
-    def step(carry, _):
+    def goes_on(carry):
+        _, state = carry
+        count, grad = (optax.tree.get(state, name) for name in ("count", "grad"))
+        return (count == 0) | ((count < MAX_STEPS) & (optax.tree.norm(grad) > TOLERANCE))
+
+    def step(carry):
         logits, state = carry
         value, grad = value_and_grad(logits, state=state)
         more = {"value": value, "grad": grad, "value_fn": loss}
         updates, state = tx.update(grad, state, logits, **more)
-        return (optax.apply_updates(logits, updates), state), None
+        return optax.apply_updates(logits, updates), state
 
-    start = reference, tx.init(reference)
-    return jax.lax.scan(step, start, None, length=num_steps)[0][0]
+    logits, _ = jax.lax.while_loop(goes_on, step, (reference, tx.init(reference)))
+    return jax.nn.log_softmax(logits)
 
 
 def divergences(
     responses: Walks, best: np.ndarray, policies: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """KL(pi* || pi) and KL(pi || pi*) of whole responses, in nats, for each log pi [S, V]."""
-    best, chances = responses.sums(best), responses.chances
+    """KL(pi* || pi) and KL(pi || pi*) of whole responses, in nats, for each log pi [S, V].
+
+    `best` are log pi* of the responses, [N] or, with one pi* for each policy, [D, N].
+    """
+    chances = responses.chances
     found = np.array([responses.sums(policy) for policy in policies])
     forward = (chances * np.exp(best) * (best - found)).sum(axis=1)
     return forward, (chances * np.exp(found) * (found - best)).sum(axis=1)

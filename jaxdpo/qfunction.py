@@ -1,9 +1,10 @@
 """What logits mean in the token MDP: token log-probabilities, Q, V, advantages and rewards.
 
-Everything downstream (objectives, the reference, analysis) needs of a model only
-log pi(target | prefix) at the scored positions, in float32: the narrow waist. Logits exist for
-those positions alone. In the token MDP a state s is a prompt with the tokens so far, an action
-is the next token v, and the policy is the optimal soft Q-function of a reward (2404.12358):
+Objectives, the reference and the credit of tokens need of a model only log pi(target | prefix)
+at the scored positions, in float32: the narrow waist. What is said of all tokens of a state
+(Q, V, both sides of Eq. 16) takes the logits of those positions; no others exist. In the token
+MDP a state s is a prompt with the tokens so far, s_0 the prompt alone, an action is the next
+token v, and the policy is the optimal soft Q-function of a reward (2404.12358):
 
     pi(v | s) = exp((Q(s, v) - V(s)) / beta)                            Eq. 5
     V(s)      = beta log sum_v exp(Q(s, v) / beta)                      Eq. 6
@@ -180,8 +181,8 @@ def bellman_rewards(
     (2404.12358, Eq. 7 inverted), where V after a response's last token is 0, as it is after
     EOS, whatever `state_values` hold there. `token_q_values` are Q of the response's own
     tokens, `lengths` their number, at least 1; rewards beyond it are 0. Another choice of logits
-    for the same policy gives other rewards of the same class (Definition 1). A response that
-    was cut before EOS has lost V of the state it was cut at.
+    for the same policy gives other rewards of the same class (Definition 1). If a response was
+    cut before EOS, its last reward holds V of the state it was cut at as well.
 
     >>> q, v, reference = jnp.array([1.0, 0.5, 9.0]), jnp.array([0.2, 0.3, 9.0]), jnp.zeros(3)
     >>> [f"{r:.1f}" for r in bellman_rewards(q, v, reference, jnp.array(2), beta=0.1)]
@@ -212,11 +213,11 @@ def return_decomposition(
 ) -> Return:
     """The sum of `bellman_rewards`, telescoped into a prompt's share and the tokens'.
 
-    sum_t r(s_t, y_t) = V(s_1) + sum_t beta log pi(y_t | s_t)/pi_ref(y_t | s_t)
+    sum_t r(s_t, y_t) = V(s_0) + sum_t beta log pi(y_t | s_t)/pi_ref(y_t | s_t)
 
-    (2404.12358, Eq. 8-9; V after the last token is 0). V(s_1) is common to all responses of a
-    prompt, so it leaves preferences alone, and the logits do not fix it; the sum is what they
-    fix. Arguments as for `bellman_rewards`.
+    over t = 0 .. T-1 (2404.12358, Eq. 8-9; V after the last token is 0). V(s_0) is common to all
+    responses of a prompt, so it leaves preferences alone, and no policy fixes it: what pi and
+    pi_ref fix is the sum of the token rewards. Arguments as for `bellman_rewards`.
 
     >>> q, v, reference = jnp.array([1.0, 0.5]), jnp.array([0.2, 0.3]), jnp.zeros(2)
     >>> parts = return_decomposition(q, v, reference, jnp.array(2), beta=0.1)
@@ -235,7 +236,7 @@ def shape(rewards: Float[Array, "*B T"], potential: Float[Array, "*B T+1"]) -> F
     (2404.12358, Definition 1.) `potential` holds Phi of every state that a response passes,
     first and last included. Q moves by -Phi(s), the optimal policy not at all. Preferences
     stay if Phi is 0 in terminal states (or the same in all of them): returns then change by
-    -Phi(s_1), the same for all responses of a prompt. After a response's end Phi is to
+    -Phi(s_0), the same for all responses of a prompt. After a response's end Phi is to
     be 0 as well.
 
     >>> shape(jnp.array([1.0, 1.0]), jnp.array([0.5, 2.0, 0.0])).tolist()

@@ -112,8 +112,8 @@ def solve(mdp: TokenMDP, *, beta: float, max_sweeps: int = 10_000) -> Solution:
     pi(v|s) = exp((Q(s, v) - V(s)) / beta)                    (Eq. 5)
 
     A sweep reaches one token further back, so without loops as many are exact as a response
-    has tokens. With loops the values converge or do not exist: `InputError`, as after
-    `max_sweeps`.
+    has tokens. With loops the values converge, up to the rounding of the largest or of beta, or
+    do not exist: `InputError`, as after `max_sweeps`.
 
     >>> _, transitions = prefix_tree(num_tokens=2, horizon=1)
     >>> mdp = TokenMDP(np.array([[0.0, 1.0]]), np.log([[0.5, 0.5]]), transitions)
@@ -124,7 +124,8 @@ def solve(mdp: TokenMDP, *, beta: float, max_sweeps: int = 10_000) -> Solution:
     for _ in range(max_sweeps):
         q = mdp.rewards + beta * mdp.reference_logps + _following(mdp, values)
         previous, values = values, beta * np.logaddexp.reduce(q / beta, axis=-1)
-        if np.abs(values - previous).max() <= 4 * np.finfo(float).eps * np.abs(values).max():
+        rounding = 4 * np.finfo(float).eps * max(np.abs(values).max(), beta)
+        if np.abs(values - previous).max() <= rounding:
             return Solution(q, values, (q - values[:, None]) / beta)
     raise InputError(
         f"token MDP: no finite values after {max_sweeps} sweeps; a loop of states earns more than "

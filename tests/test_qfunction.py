@@ -189,7 +189,7 @@ def test_softmax_of_q_over_beta_is_the_policy(responses):
 
 
 def test_bellman_rewards_by_hand():
-    # r_1 = Q_1 - beta log ref_1 - V_2 = 1 - 0.5 (-2) - 0.25; r_2 = Q_2 - beta log ref_2 - 0
+    # r_0 = Q_0 - beta log ref_0 - V_1 = 1 - 0.5 (-2) - 0.25; r_1 = Q_1 - beta log ref_1 - 0
     q, v, reference = jnp.array([1.0, 2.0]), jnp.array([0.5, 0.25]), jnp.array([-2.0, -4.0])
     found = bellman_rewards(q, v, reference, jnp.array(2), beta=0.5)
     assert found.tolist() == [1.75, 4.0]
@@ -276,6 +276,12 @@ def test_a_trained_policy_read_as_q_gives_back_the_reward_that_made_it():
     reference = jnp.asarray(mdp.reference_logps[at], jnp.float32)
     found = bellman_rewards(q, v, reference, jnp.array(4), beta=BETA)
     np.testing.assert_allclose(found, mdp.rewards[at], atol=1e-5)
+    # Cut after two tokens: the last reward holds V of the state reached as well.
+    found = bellman_rewards(q, v, reference, jnp.array(2), beta=BETA)
+    first, last = mdp.rewards[at][:2]
+    expected = [first, last + best.state_values[path[2]], 0.0, 0.0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert abs(best.state_values[path[2]]) > 0.1
 
 
 class Read(NamedTuple):

@@ -140,6 +140,21 @@ def test_a_loop_has_values_while_it_earns_less_than_leaving():
             solve(loop(reward), beta=beta, max_sweeps=1000)
 
 
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_a_loop_may_have_values_of_zero(beta):
+    """Any pi is optimal for beta log pi/pi_ref, with V = 0 in every state; states are the last
+    tokens of five, and token 0 ends."""
+    transitions = np.zeros((5, 5, 6))
+    transitions[:, range(5), [5, 1, 2, 3, 4]] = 1.0
+    for seed in range(20):
+        mdp = random_mdp(transitions, seed)
+        policy = np.log(np.random.default_rng(seed).dirichlet(np.full(5, 2.0), size=5))
+        rewards = beta * (policy - mdp.reference_logps)
+        found = solve(mdp._replace(rewards=rewards), beta=beta)
+        np.testing.assert_allclose(found.state_values, 0.0, atol=EXACT)
+        np.testing.assert_allclose(found.policy_logps, policy, atol=EXACT)
+
+
 def test_walks_are_every_beginning_once():
     _, transitions = prefix_tree(num_tokens=3, horizon=2)
     found = walks(transitions, max_length=2)
