@@ -12,7 +12,9 @@ from jaxdpo.tokens import load_tokenizer
 
 POST = "I moved to Boston. I paid 250 dollars, for 3 weeks. My sister Dana is nineteen."
 TEXT = " Moved to Boston 3 weeks ago and paid 250 dollars, says Dana, who is nineteen."
-NAMES = {"Boston": "place", "Dana": "other", "Reno": "place", "Omar": "other", "Lee": "other"}
+NAMES = dict.fromkeys(["Dana", "Omar", "Lee"], "person") | dict.fromkeys(
+    ["Boston", "Reno"], "place"
+)
 
 
 def corrupted(text=TEXT, post=POST, *, rules=corruption.RULES, errors=1, seed=0, index=0):
@@ -78,9 +80,13 @@ def test_numbers_look_alike():
     assert all(10 <= int(value) <= 44 for value in wrong["22"])
     assert all(2 <= int(value) <= 8 for value in wrong["4"])
     assert all(2005 <= int(value) <= 2025 for value in wrong["2015"])
-    assert swaps(" Two cats", "number") <= {
-        ("Two", word.capitalize()) for word in corruption._TWELVE
+    assert swaps(" Two cats", "number") == {
+        ("Two", word) for word in "Three Four Five Six Seven Eight Nine Ten Eleven Twelve".split()
     }
+    for round, ten in (("10", 1), ("100", 10), ("1,000", 100)):
+        values = [int(wrong.replace(",", "")) for _, wrong in swaps(f" {round} men", "number")]
+        assert sorted(values) == [10 * ten + ten * n for n in range(1, 11)]
+    assert len(swaps(" call 5551234567 now", "number")) < 500  # no list of billions
 
 
 @pytest.mark.parametrize(
@@ -91,6 +97,10 @@ def test_numbers_look_alike():
         " on the 3rd or 4th of 10/12 at 7:30, 24/7",
         " my GTX970, B2B, r/2X, #1, 0 and 007",
         " version 1.2.3 or 10-12",
+        " at 7 pm, 7am, 7 p.m., 5.30 am and 5.30, at 11 o'clock",
+        " on March 15, Feb. 3, 15 June and 2 of May",
+        " thirty two, twenty one, ninety two",
+        " he is 6 foot 2, 5 feet, 6ft 3, 5'10, two thirds",
     ],
 )
 def test_what_is_no_plain_number_is_left_alone(text):
@@ -120,14 +130,46 @@ def test_units_keep_number_and_article():
     assert "hour" not in {wrong for _, wrong in swaps(" after a week", "unit")}
     assert swaps(" after an hour", "unit") == set()
     assert swaps(" 12 lbs", "unit") == {("lbs", "kg"), ("lbs", "oz")}
-    assert swaps(" 3 miles", "unit", post="a foot, an inch, a yard, a meter") == {
-        ("miles", "kilometers")
-    }
+    assert swaps(" 3 miles", "unit", post="an inch, a yard, a meter") == {("miles", "kilometers")}
+
+
+@pytest.mark.parametrize("start", [" an 8 hour shift", " a $17 fee", " An eight", " a twenty"])
+def test_a_number_keeps_its_article(start):
+    an = re.compile("8|11$|18$|eight|eleven")
+    wrong = {value for _, value in swaps(start, "number")}
+    assert {bool(an.match(value)) for value in wrong} <= {start.lower().startswith(" an")}
+    assert wrong or start == " an 8 hour shift"  # no other digit needs "an"
+    free = {value for _, value in swaps(re.sub("(?i)^ an? ", " the ", start), "number")}
+    assert wrong < free
+
+
+WAYS = [
+    (" for 1,000", "about 1500", {"1,500"}),
+    (" is 2.5", "2 or 3", {"3.0"}),
+    (" owes 20k", "owes 30,000", {"30"}),
+    (" owes 20,000", "thirty thousand, or 10k", {"30,000", "10,000"}),
+    (" two hundred", "400 and 4", {"four"}),
+    (" is 30", "twenty-two, 40 and fifty five", {"40", "50"}),
+]
+
+
+@pytest.mark.parametrize("text, post, equal", WAYS)
+def test_no_equal_number_stands_in_the_post_in_another_notation(text, post, equal):
+    without, held = ({wrong for _, wrong in swaps(text, "number", post=p)} for p in ("", post))
+    assert held and equal <= without and equal.isdisjoint(held)
+
+
+def test_no_equal_unit_stands_in_the_post_in_another_notation():
+    held = {wrong for _, wrong in swaps(" for 3 days", "unit", post="72hrs, 5 mins, a yr, 2 mo")}
+    assert held == {"weeks"}
+    assert swaps(" 3 euros", "unit", post="$5") == {("euros", "pesos")}
 
 
 def test_a_unit_needs_a_quantity():
     assert (
-        swaps(" My day job these days, today, on foot, the year after, a secondhand pound", "unit")
+        swaps(
+            " My day job these days, today, 5 feet, the year after, 3 pounds, last minute", "unit"
+        )
         == set()
     )
 
@@ -149,12 +191,15 @@ def test_where_a_capital_may_be_no_name_it_is_left_alone(text):
     assert swaps(text, "name") == set()
 
 
-def test_names_are_collected_from_inside_sentences_and_never_stand_in_lower_case():
+def test_a_name_is_kept_where_the_texts_say_what_it_names():
     texts = [
-        "We met Rob on Monday in May.",
-        "He said Mom and Rob know. my mom is in Rome with Rob, she may",
+        "so my brother Rob and I was on Monday in May, at Walmart in Spanish with Mom. We saw Thai",
+        "a dog named Rex, but Sue and I are in Rome. my mom lived in Rome with Rob, she may",
+        "we moved to South Korea from Peru, and in Mike's car to Rome for Netflix on a monday",
     ]
-    assert corruption.names(texts) == {"Monday": "day", "Rob": "other", "Rome": "place"}
+    expected = dict.fromkeys(["Rex", "Rob", "Sue"], "person")
+    expected |= {"Monday": "day", "Rome": "place", "South Korea": "place"}
+    assert corruption.names(texts) == expected
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the TL;DR comparisons of ../shared/data")

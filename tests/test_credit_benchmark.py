@@ -1,11 +1,16 @@
 """Measured credit: planted scores get what they deserve, and mistakes are one line."""
 
+import io
+import itertools
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
 
 from jaxdpo import InputError, convert, pythia, synthetic
 from jaxdpo.analysis import credit_benchmark, credit_measures, credit_tables, known_errors
@@ -80,7 +85,12 @@ def test_a_perfect_score_is_perfect_in_everything(looked):
     assert {row["auroc"][REWARD][0] for row in record["breakdown"]} == {1}
     *found, lost = [row["auroc"][REWARD] for row in record["stitching"]]
     assert [one[0] for one in found] == [1, 1, 1, 1] and lost == [0, 0, 0]
-    assert [row["share"][REWARD][0] for row in record["spill"]["rows"]] == [0, 1, 0, 0, 0]
+    rows = record["spill"]["rows"]
+    assert [row["share"][REWARD][0] for row in rows] == [0, 1, 0, 0, 0]
+    assert not any(SFT in row["share"] for row in rows)  # of no difference nothing is a share
+    assert record["scores"][SFT]["reward_above"] == [0.5, 0.5, 0.5]
+    bars = record["histogram"]
+    assert (bars["wrong"][0], bars["right"][-1]) == (1, 1) and bars["edges"][0] == -0.5  # beta
 
 
 def test_an_inverted_score_is_all_wrong_and_a_constant_one_worth_chance(looked):
@@ -92,6 +102,9 @@ def test_an_inverted_score_is_all_wrong_and_a_constant_one_worth_chance(looked):
     assert low < 0.5 < high
     evenly = inverted["scores"][EVENLY]["auroc"]
     assert evenly == [0.5, 0.5, 0.5]  # whatever the response's reward is
+    assert "right_value" not in inverted["scores"][EVENLY]
+    low, high = inverted["scores"][RANDOM]["right_value"][1:]
+    assert low < 0.5 < high
 
 
 def test_a_reward_spread_evenly_is_half_within_a_response_and_more_pooled(looked):
@@ -133,6 +146,47 @@ def test_the_breakdown_counts_every_error_once_by_each_of_its_ways(looked):
     assert groups["stands in the post"] == sum(copied)
 
 
+def test_errors_are_counted_by_the_third_of_the_response_that_they_begin_in(looked):
+    counts = dict.fromkeys(credit_measures.THIRDS, 0)
+    for one in looked[0]:
+        tokens = len(one.error) - 1  # without EOS
+        for number in range(len(one.case.errors)):
+            place = np.flatnonzero(one.error == number)[0] / tokens
+            counts[credit_measures.THIRDS[int(place >= 1 / 3) + int(place >= 2 / 3)]] += 1
+    rows = record_of(looked, perfect_score(looked))["breakdown"]
+    assert {row["group"]: row["errors"] for row in rows if "place" in row["by"]} == counts
+    assert min(counts.values()) > 0
+
+
+def test_the_second_error_is_looked_for_after_the_first_alone(looked):
+    responses, mended, _ = looked
+    score = perfect_score(looked)
+    for one in (*responses, *mended):
+        assert one.error[0] < 0
+        score[one.places[0]] = -5  # a right token that looks worse than any error
+    rows = {row["error"]: row["auroc"][REWARD] for row in record_of(looked, score)["stitching"]}
+    assert rows["the second, after the first"] == [1, 1, 1]
+    assert rows["the second, the first put right"] == [1, 1, 1]
+    assert rows["the first of several"][0] < 1
+
+
+def test_blame_on_the_end_token_is_its_own_part(looked):
+    score = np.zeros(looked[2])
+    for one in looked[0]:
+        score[one.places[-1]] = -1
+    rows = record_of(looked, score)["spill"]["rows"]
+    assert [row["difference"][REWARD][0] for row in rows] == [0, 0, 0, 0, -0.5]
+    assert rows[-1]["tokens"] == 1
+
+
+def test_no_share_of_a_difference_that_may_be_none(looked):
+    score = perfect_score(looked)
+    for one in looked[0][::2]:
+        score[one.places] *= -1  # every other response is blamed, every other praised
+    rows = record_of(looked, score)["spill"]["rows"]
+    assert not any(REWARD in row["share"] for row in rows)
+
+
 def test_an_error_that_hides_the_next_one_is_seen(looked):
     """A score blind to whatever follows an error loses the second one, and only there."""
     responses, mended, _ = looked
@@ -166,6 +220,12 @@ def test_what_the_tokenizer_splits_otherwise_is_compared_with_nothing(looked):
     record = record_of((apart, mended, size), perfect_score(looked))
     assert record["spill"]["responses"] == len(responses) / 2
     assert record["responses"] == len(responses)
+    compared = sum(len(one.case.errors) for one in responses[::2])
+    assert record["compared"] == compared < record["errors"]
+    record |= {"counts": {"left_out": {}, "rows": 1}} | NOISE
+    text = credit_tables.markdown(record)
+    assert f"{record['errors']} ({compared} beside right values) errors" in text
+    assert sum(row["compared"] for row in record["breakdown"] if row["by"] == "kind") == compared
     none = [one._replace(chosen_error=None) for one in responses]
     record = record_of((none, mended, size), perfect_score(looked))
     assert values(record, REWARD, "right_value") == [None] and not record["spill"]["rows"]
@@ -195,6 +255,8 @@ def test_the_scores_are_what_they_are_called(looked):
     one = responses[3]
     assert np.allclose(found[EVENLY][one.places].sum(), reward[one.places].sum(), atol=1e-12)
     assert len(set(found[EVENLY][one.places])) == 1
+    chance = found[RANDOM]
+    assert -0.5 <= chance.min() and chance.max() < 0.5 and abs(chance.mean()) < 0.03
     assert OVER_BASE not in credit_measures.scores(responses, policy, base, None, beta=1.0, seed=0)
 
 
@@ -214,6 +276,60 @@ def test_groups_of_runs_are_averaged_and_swept(looked):
     aurocs = {(row["beta"], row["pairs"]): row["auroc"][REWARD] for row in record["sweep"]}
     assert aurocs[0.1, 10] == [0.5, 0, 1]  # one run at 1, one at 0: seeds make the interval
     assert [aurocs[one][0] for one in ((0.1, 20), (0.3, 20), (1.0, 20))] == [1, 1, 0.5]
+
+
+@pytest.mark.parametrize(
+    "runs, main",
+    [
+        ({(0.1, 10): 1, (0.1, 20): 1, (0.3, 20): 9}, (0.1, 20)),  # most numbers of pairs
+        ({(0.3, 20): 1, (0.1, 20): 2, (1.0, 20): 1}, (0.1, 20)),  # then most runs
+        ({(0.1, None): 1}, (0.1, None)),
+    ],
+)
+def test_the_main_group_is_where_the_sweeps_cross(runs, main):
+    assert credit_measures._crossing({of: range(count) for of, count in runs.items()}) == main
+
+
+def test_labels_of_errors_are_drawn_as_they_stand(looked):
+    kinds = itertools.cycle([r"$\frac$", "a\x1b[31mb", "<b>|"])
+    named = lambda one: one._replace(errors=tuple(e._replace(kind=next(kinds)) for e in one.errors))
+    responses = [one._replace(case=named(one.case)) for one in looked[0]]
+    record = record_of((responses, *looked[1:]), perfect_score(looked))
+    record |= {"counts": {"left_out": {}, "rows": 1}} | NOISE
+    figure = credit_tables.draw(record)
+    figure.savefig(io.BytesIO())
+    drawn = {text.get_text() for text in figure.axes[2].get_yticklabels()}
+    assert {r"$\frac$", "a⟨U+001B⟩[31mb", "<b>|"} <= drawn
+    assert "\x1b" not in credit_tables.markdown(record) + credit_tables.section(record)
+
+
+def test_a_curve_of_equal_values_has_room_and_no_ends_of_negative_length():
+    row = {"beta": 0.1, "pairs": 5, "runs": 1}
+    value = [0.9, 0.9 + 1e-16, 0.9 - 2e-16]  # as a mean of resamples may come out
+    rows = [row | {"beta": beta} for beta in (0.1, 0.3)]
+    rows = [one | {"auroc": {REWARD: value}, "right_value": {REWARD: value}} for one in rows]
+    ax = Figure().subplots()
+    record = {"sweep": rows, "main": row, "scores": {REWARD: {}}}
+    credit_tables._draw_sweep(ax, record, "beta")
+    low, high = ax.get_ylim()
+    assert low <= 0.9 - 0.009 and high >= 0.9 + 0.009
+
+
+def test_no_number_is_less_than_nothing_by_rounding_alone():
+    assert credit_tables._interval([-1e-9, -0.02, 1e-9]) == "0.000 [-0.020, 0.000]"
+
+
+def test_nothing_is_cut_at_80_columns(looked):
+    record = record_of(looked, perfect_score(looked), base=np.ones(looked[2]))
+    record |= {"counts": {"left_out": {}, "rows": 1}} | NOISE
+    for table in credit_tables.rich_tables(record):
+        console = Console(width=80, file=io.StringIO())
+        console.print(table)
+        shown = console.file.getvalue()
+        assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+        for column in table.columns:
+            for cell in [column.header, *column.cells]:
+                assert set(str(cell)) - {" "} <= set(shown)
 
 
 def test_mending_the_first_error_moves_the_others():
@@ -266,6 +382,79 @@ def test_models_are_measured_written_and_drawn(folder):
     assert section.count("<table") == len(shown) - 1 and "<svg" in section
 
 
+def test_the_noise_floor_is_beta_times_that_of_both_models_of_the_main_group(folder, monkeypatch):
+    noise = {"policy": 0.25, "sft": 0.5}
+    planted = lambda model, *_: noise[Path(model.name).name]
+    monkeypatch.setattr(credit_benchmark, "noise_floor", planted)
+    trial = credit_benchmark.Trial(str(folder / "policy"), str(folder / "sft"), None, 0.1)
+    trials = [trial, trial._replace(beta=0.4, seed=0), trial._replace(beta=0.4, seed=1)]
+    file = str(folder / "pairs_test.jsonl")
+    monkeypatch.setattr(credit_benchmark, "_trials", lambda *_: (trials, [(file, "pairs")]))
+    credit_benchmark.write(**given(folder, data=None, limit=4, out=str(folder / "noise")))
+    record = read_json(folder / "noise/credit_benchmark.json")
+    assert record["main"]["beta"] == 0.4 and record["noise_floor"] == 0.4 * (0.25 + 0.5)
+
+
+def test_models_must_speak_the_same(folder, tmp_path):
+    shutil.copytree(folder / "sft", tmp_path / "other")
+    file = tmp_path / "other/tokenizer.json"
+    held = json.loads(file.read_text())
+    words = held["model"]["vocab"]
+    words[" Oslo"], words[" Paris"] = words[" Paris"], words[" Oslo"]
+    file.write_text(json.dumps(held))
+    with pytest.raises(InputError, match="their tokenizers differ in 4 entries"):
+        credit_benchmark.write(**given(folder, reference=str(tmp_path / "other"), limit=4))
+
+
+def test_cases_of_one_prompt_are_one_unit_and_bad_rows_are_counted(folder):
+    lines = (folder / "pairs_test.jsonl").read_text().splitlines()
+    file = folder / "again.jsonl"
+    file.write_text("\n".join([lines[0], "", lines[1], "{", lines[0], "{"]) + "\n")
+    cases, counts = known_errors.labelled(str(file), limit=5)
+    assert [case.pair.line for case in cases] == [1, 3, 5]
+    assert [case.unit for case in cases] == [0, 1, 0]
+    bad = {"bad row: blank line": 1, "bad row: not JSON": 1}
+    assert counts == {"rows": 5, "responses": 3, "left_out": bad | {"no error in it": 0}}
+
+
+WRONG_ERRORS = {
+    "no list": ({}, "field 'errors' must be a list"),
+    "null": (None, "field 'errors' must be a list"),
+    "no object": (["cat"], "error 1 must be an object with kind, start, end, right, wrong"),
+    "unknown": ([{"more": 1}], "error 1 must be an object"),
+    "a fraction": ([{"start": 3.0}], "error 1: 'start' must be a whole number"),
+    "true": ([{"start": True}], "error 1: 'start' must be a whole number"),
+    "a number": ([{"right": 5}], "error 1: 'right' must be a string"),
+    "backwards": ([{"start": 6, "end": 3}], r"error 1 \(6:3\) is empty or outside"),
+    "negative": ([{"start": -4, "end": -1}], "is empty or outside 'rejected', which has 13"),
+    "empty": ([{"end": 3, "wrong": ""}], "is empty or outside"),
+    "too far": ([{"end": 99}], "is empty or outside"),
+    "elsewhere": ([{"start": 4}], "error 1 is not where it says in 'rejected'"),
+    "nothing right": ([{"right": " "}], "error 1: 'right' is empty or the same"),
+    "right already": ([{"right": "cat"}], "error 1: 'right' is empty or the same"),
+    "surrogate": ([{"kind": "\ud800"}], "error 1: holds a lone surrogate"),
+    "end of text": ([{"right": "<|endoftext|>"}], "error 1: holds a lone surrogate or <|end"),
+    "twice": ([{}, {}], "errors 3:6 and 3:6 overlap"),
+    "overlap": ([{}, {"start": 5, "end": 8, "wrong": "t, "}], "errors 3:6 and 5:8 overlap"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ERRORS)
+def test_errors_that_mean_nothing_are_refused(name):
+    changes, message = WRONG_ERRORS[name]
+    good = {"kind": "pet", "start": 3, "end": 6, "right": "dog", "wrong": "cat"}
+    if isinstance(changes, list):
+        changes = [good | one if isinstance(one, dict) else one for one in changes]
+    with pytest.raises(InputError, match=f"^f line 1: .*{message}"):
+        known_errors.errors_of({"errors": changes}, " a cat, a dog", "f line 1")
+
+
+def test_errors_are_read_from_left_to_right():
+    two = [Error("pet", 10, 13, "ox", "dog"), Error("pet", 3, 6, "mouse", "cat")]
+    row = {"errors": [error._asdict() for error in two]}
+    assert known_errors.errors_of(row, " a cat, a dog", "here") == tuple(two[::-1])
+
+
 def test_real_pairs_are_corrupted_by_rule(folder):
     post = "Sara paid in Rome"
     texts = [" 4 weeks ago I paid 20 dollars in Rome", " I paid", " after 3 weeks in Lima I paid"]
@@ -283,22 +472,25 @@ def test_real_pairs_are_corrupted_by_rule(folder):
     for case in cases:
         by_unit.setdefault(case.unit, []).append([error.kind for error in case.errors])
     sizes = {unit: [len(kinds) for kinds in of] for unit, of in by_unit.items()}
-    assert sizes == {0: [1, 1, 1, 2], 2: [1, 1, 2]}  # the only other name stands in the post
-    assert counts["responses"] == len(cases) == 7
+    assert sizes.keys() == {0, 2} and set(by_unit[0][0] + by_unit[0][1]) == {"number", "unit"}
+    for of in sizes.values():  # one error by each rule that finds a value, then two by any
+        assert set(of[:-1]) == {1} and of[-1] == known_errors.SEVERAL
+    little = sum(count for why, count in counts["left_out"].items() if "too little" in why)
+    assert counts["responses"] == len(cases) == 3 * 4 - little
 
 
 MISTAKES = {
     "no errors to find": (dict(data="{}/perfect.jsonl"), "perfect.jsonl: no row has an error"),
     "no marks": (dict(data="{}/unmarked.jsonl"), "unmarked.jsonl line 1: has no field 'errors'"),
     "marks elsewhere": (dict(data="{}/moved.jsonl"), "moved.jsonl line 1: error 1 is not where"),
-    "odd marks": (dict(data="{}/odd.jsonl"), "odd.jsonl line 1: an error must have kind"),
-    "typed marks": (dict(data="{}/typed.jsonl"), "typed.jsonl line 1: an error must have kind"),
+    "odd marks": (dict(data="{}/odd.jsonl"), "odd.jsonl line 1: error 1 must be an object"),
+    "typed marks": (dict(data="{}/typed.jsonl"), "typed.jsonl line 1: error 1: 'right' must"),
     "another file": (dict(data="{}/pairs.parquet"), "pairs.parquet: errors are read from .jsonl"),
     "nothing to swap": (dict(data="{}/unmarked.jsonl", corrupt=True), "unmarked.jsonl: no chosen"),
     "split": (dict(split="test"), "--split: has no effect"),
     "format": (dict(format="hh"), "--format hh: has no marked errors; use --corrupt"),
     "no beta": (dict(beta=None), "--beta: give it, or --run"),
-    "beta": (dict(beta=-1.0), "--beta: -1.0 must be positive"),
+    "beta": (dict(beta=-1.0), "--beta: -1.0 must be above 0"),
     "no model": (dict(model=None), "--model: give it, or --run"),
     "no data": (dict(data=None), "--data: give held-out pairs"),
     "no out": (dict(out=None), "--out: give a folder"),
@@ -306,6 +498,18 @@ MISTAKES = {
     "no dpo": (dict(run="{}/several", model=None, reference=None, beta=None), "none of its runs"),
     "model of several": (dict(run="{}/twins", reference=None, beta=None), "--model: every run in"),
     "twins": (dict(run="{}/twins", model=None, reference=None, beta=None), "a and b have the same"),
+    "unlike": (
+        dict(run="{}/unlike", model=None, reference=None, beta=None),
+        "/unlike: a and b differ in dpo.lr, sft.lr, not in their seed alone",
+    ),
+    "half": (dict(run="{}/half/a", model=None, reference=None, beta=None), "half/a: its dpo stage"),
+    "half of it": (dict(run="{}/half/a", model=None), "half/a: its dpo stage has not finished"),
+    "one half": (dict(run="{}/half", model=None, reference=None, beta=None), "half/a: its dpo"),
+    "idle run": (dict(run="{}/twins/a"), "--run: has no effect where all else is given"),
+    "seed": (dict(seed=-1), "--seed: -1 must be 0 or more"),
+    "out a file": (dict(out="{}/perfect.jsonl"), "perfect.jsonl: cannot be written into"),
+    "cut": (dict(data="{}/cut.jsonl"), "cut.jsonl line 1: span 1 .* cuts the token"),
+    "long": (dict(data="{}/long.jsonl"), "long.jsonl line 1: prompt and response are"),
 }
 
 
@@ -317,24 +521,37 @@ def mistakes(folder):
     rows |= {"odd": row | {"errors": [{"kind": "pet"}]}}
     rows |= {"typed": row | {"errors": [error | {"right": 5} for error in row["errors"]]}}
     rows |= {"unmarked": {"prompt": "p", "chosen": " I paid", "rejected": " I"}}
+    first = row["errors"][0]
+    words = [word.strip() for word in synthetic.tokenizer().get_vocab()]
+    value = first["wrong"]
+    like = next(word for word in words if word[:1] == value[0] and word != value)
+    cut = {"start": first["start"] + 1, "wrong": value[1:], "right": like[1:]}
+    rows["cut"] = row | {"errors": [first | cut]}
+    rows["long"] = row | {"prompt": row["prompt"] * 200}
     for name, one in rows.items():
         (folder / f"{name}.jsonl").write_text(json.dumps(one) + "\n")
     run_folder(folder / "several/a", stages=["sft"])
     for name in "ab":
         run_folder(folder / "twins" / name)
+        run_folder(folder / "unlike" / name, seed=ord(name), lr=float(name == "b"))
+    run_folder(folder / "half/a", done=False)
     return folder
 
 
-def run_folder(folder, *, stages=("dpo",), weights="", seed=0, beta=0.1, pairs=7):
+def run_folder(
+    folder, *, stages=("dpo",), weights="", seed=0, beta=0.1, pairs=7, lr=0.1, done=True
+):
     """What is read of a run before its models are."""
     data = {"train": "t.jsonl", "eval": "e.jsonl", "format": "pairs"}
-    stage = {"data": data, "beta": beta, "hand_on": "last"}
+    stage = {"data": data, "beta": beta, "hand_on": "last", "lr": lr}
     config = {"stages": list(stages), "seed": seed, "data": "", "model": {"weights": weights}}
     (folder / "dpo").mkdir(parents=True)
     write_json(folder / "config.json", config | {"sft": stage, "dpo": stage})
     write_json(folder / "versions.json", {})
     report = {"truncation": {"train": {"examples": pairs}}}
     write_json(folder / "dpo/data_report.json", report)
+    if done:
+        write_json(folder / "dpo/done.json", {})
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -364,14 +581,36 @@ def test_runs_of_a_folder_know_their_seed_pairs_and_what_their_reference_was_mad
     )
 
 
+def test_runs_that_differ_in_seed_start_and_limit_alone_are_one_group(tmp_path):
+    for name, seed in (("one", 1), ("two", 2)):
+        run_folder(tmp_path / name, weights=f"owner/{name}", seed=seed)
+    trials, _ = credit_benchmark._trials(str(tmp_path), {})
+    assert [(one.seed, one.pairs, one.beta) for one in trials] == [(1, 7, 0.1), (2, 7, 0.1)]
+
+
+def test_a_run_with_other_models_is_no_longer_that_run(tmp_path):
+    run_folder(tmp_path / "run", stages=["sft", "dpo"])
+    run_folder(tmp_path / "half", stages=["sft", "dpo"], done=False)
+    trial = lambda run, **models: credit_benchmark._trials(str(tmp_path / run), models)[0][0]
+    own = trial("run")
+    assert (own.name, own.seed, own.pairs) == ("run", 0, 7)
+    assert trial("run", beta=0.5, base="b") == own._replace(beta=0.5, base="b")
+    other = own._replace(name=None, seed=None, pairs=None)
+    assert trial("run", model="m") == other._replace(policy="m")
+    assert trial("run", reference="r") == other._replace(reference="r", base=None)
+    assert trial("run", reference="r", base="b") == other._replace(reference="r", base="b")
+    half = str(tmp_path / "half")
+    assert trial("half", model="m").reference == f"{half}:sft:last"  # that stage may be done
+
+
 def test_runs_must_be_measured_on_the_same_pairs(folder, tmp_path):
     file = shutil.copy(folder / "pairs_test.jsonl", tmp_path / "same.jsonl")
     asked = dict(format="pairs", split=None, limit=None, corrupt=False, seed=0)
     sources = [
         credit_benchmark.Source(str(one), **asked) for one in (folder / "pairs_test.jsonl", file)
     ]
-    cases, _ = credit_benchmark._cases(sources)
-    assert len(cases) == 12
+    cases, _, name = credit_benchmark._cases(sources)
+    assert len(cases) == 12 and name == sources[0].data
     shorter = tmp_path / "shorter.jsonl"
     shorter.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
     with pytest.raises(InputError, match="shorter.jsonl: holds other pairs than"):

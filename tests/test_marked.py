@@ -73,13 +73,18 @@ def spanned(**change):
         (spanned(char_end=1.5), "span 1: field 'char_end' must be a whole number"),
         (spanned(char_start=True), "span 1: field 'char_start' must be a whole number"),
         (spanned(tokens="Oslo"), "span 1: field 'tokens' must be a list"),
+        (spanned(label="a\ud800"), "span 1: field 'label' holds a lone surrogate"),
+        ([ITEM | {"prompt": "\ud800"}], "item 1: field 'prompt' holds a lone surrogate"),
+        ([ITEM | {"responses": [RESPONSE | {"name": "\udfff"}]}], "'name' holds a lone surrogate"),
+        ([ITEM | {"responses": [RESPONSE | {"text": "\udfff"}]}], "'text' holds a lone surrogate"),
         (spanned(lable="x"), "span 1: field 'lable' is unknown; .*, label, text, tokens"),
     ],
 )
 def test_a_wrong_file_is_named_with_its_item_and_field(tmp_path, held, said):
     with pytest.raises(InputError, match=said) as raised:
         marked.from_file(written(tmp_path, held))
-    assert str(raised.value).startswith(str(tmp_path / "marked.json")) and "\n" not in str(raised)
+    error = str(raised.value)
+    assert error.startswith(str(tmp_path / "marked.json")) and "\n" not in error
 
 
 def test_no_such_file_and_no_text(tmp_path):
@@ -130,9 +135,33 @@ def test_the_built_in_tasks_errors_are_marked(tmp_path):
             assert mark.says == {"text": error["wrong"]}
 
 
+ERROR = {"kind": "pet", "start": 3, "end": 6, "right": "dog", "wrong": "cat"}
+
+
+@pytest.mark.parametrize(
+    "errors, said",
+    [
+        (None, "line 2: field 'errors' must be a list"),
+        ([ERROR | {"more": 1}], "line 2: error 1 must be an object with kind, start"),
+        ([ERROR | {"kind": None}], "line 2: error 1: 'kind' must be a string"),
+        ([ERROR | {"kind": "a\ud800"}], "line 2: error 1: .*lone surrogate"),
+        ([ERROR | {"end": 7}], "line 2: error 1 is not where it says"),
+    ],
+)
+def test_errors_that_are_there_but_wrong_are_named(tmp_path, errors, said):
+    row = {"prompt": "p", "chosen": " a dog", "rejected": " a cat."}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\ufeff" + json.dumps(row) + "\n" + json.dumps(row | {"errors": errors}))
+    with pytest.raises(InputError, match=said):
+        marked.from_data(str(file))
+    file.write_text(json.dumps(row) + "\n" + json.dumps(row | {"errors": [ERROR]}))
+    (first, second), _ = marked.from_data(str(file))
+    assert not first.responses[1].marks and len(second.responses[1].marks) == 1
+
+
 def test_other_data_has_no_marks_and_its_bad_rows_are_counted(tmp_path):
     good = {"prompt": "p", "chosen": " a", "rejected": " b"}
-    rows = [b"\xff", json.dumps(good | {"errors": 3}).encode(), b"{}", json.dumps(good).encode()]
+    rows = [b"\xff", json.dumps(good | {"note": 3}).encode(), b"{}", json.dumps(good).encode()]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(rows))
     items, report = marked.from_data(str(tmp_path / "rows.jsonl"))
     assert [item.name for item in items] == ["line 2", "line 4"] and report.rows == 4

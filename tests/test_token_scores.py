@@ -218,3 +218,10 @@ def test_weights_that_are_not_finite_are_named(model, store):
     )
     with pytest.raises(InputError, match="policy: log-probabilities are not finite"):
         token_logps(model._replace(lm=lm), store, label="broken")
+
+
+@pytest.mark.parametrize("scored", [1, 2, 15, 16, 32])
+@pytest.mark.parametrize("length", [10, 300, 1300, 9000])
+def test_rounding_is_looked_for_in_another_number_of_rows_that_costs_little(scored, length):
+    other = token_scores._other_rows(scored, length)
+    assert other != scored and other * length <= max(token_scores._SHORT, 2 * scored * length)

@@ -5,6 +5,7 @@ file. Where the responses come from, and how spans are marked in them, is said i
 out: how well the rewards find what is wrong (`credit_benchmark`).
 """
 
+import itertools
 import math
 import tempfile
 from collections.abc import Sequence
@@ -67,11 +68,11 @@ def write(
     if not 0 < given["beta"] < math.inf:
         raise InputError(f"beta={given['beta']}: must be above 0; give that of the training")
     items, report = _items(**source)
-    folder, mesh = _folder(given["out"]), sharding.make_mesh()
+    into, mesh = folder(given["out"]), sharding.make_mesh()
     models = [language_model(given[role], mesh, dtype=dtype) for role in ("model", "reference")]
     read = str(source["data"] or source["examples"])
     record = credit(*models, items, beta=given["beta"], source=read)
-    return report + _written(record, folder)
+    return report + _written(record, into)
 
 
 def credit(
@@ -93,29 +94,35 @@ def credit(
     check_same_vocabulary([policy, reference])
     room = min(one.lm.model.config.max_positions for one in (policy, reference))
     asked = [(item.prompt, response) for item in items for response in item.responses]
-    read = [_read(prompt, response, policy, room) for prompt, response in asked]
-    pairs = [Pair(prompt, one.text, None, line) for line, (prompt, one) in enumerate(asked, 1)]
-    store = whole_store(pairs, policy.tokenizer, policy.eos_ids[0], room)
+    read = [_read(prompt, response, policy) for prompt, response in asked]
+    pairs = [Pair(prompt, one.text, None, line) for line, (prompt, one) in enumerate(asked)]
+    place = lambda line: asked[line][1].place
+    store = whole_store(pairs, policy.tokenizer, policy.eos_ids[0], room, named=place)
     models, values = _scored(policy, reference, store, beta)
-    end = Piece(policy.eos_ids[0], policy.tokenizer.id_to_token(policy.eos_ids[0]), None)
-    responses = iter(
-        _response(response, [*found, end], [*spans, -1], numbers)
-        for (_, response), (found, spans), numbers in zip(asked, read, values, strict=True)
-    )
+    told = zip(asked, read, values, strict=True)
+    responses = (_response(one, *found, numbers) for (_, one), found, numbers in told)
     return {
         "source": source,
         "models": models,
         "beta": beta,
         "noise_floor": beta * sum(model["noise_floor"] for model in models.values()),
         "items": [
-            {
-                "name": item.name,
-                "prompt": item.prompt,
-                "responses": [next(responses) for _ in item.responses],
-            }
+            {"name": item.name, "prompt": item.prompt}
+            | {"responses": list(itertools.islice(responses, len(item.responses)))}
             for item in items
         ],
     }
+
+
+def folder(out: str | Path) -> Path:
+    """The folder `out`, made if need be; `InputError` if it cannot be written into."""
+    made = Path(out)
+    try:
+        made.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=made).close()
+    except OSError as error:
+        raise InputError(f"out={out}: cannot be written into ({error.strerror})") from error
+    return made
 
 
 def section(record: Record) -> Markup:
@@ -151,16 +158,6 @@ def _items(
     for name in about:
         raise InputError(f"{name}: has no effect on examples, only on data; leave it out")
     return marked.from_file(examples), []
-
-
-def _folder(out: str) -> Path:
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"out={out}: cannot be written into ({error.strerror})") from error
-    return folder
 
 
 def _written(record: Record, folder: Path) -> list[Any]:
@@ -202,9 +199,12 @@ def _largest(record: Record) -> Table:
 
 
 def _read(
-    prompt: str, response: marked.Response, model: LanguageModel, room: int
+    prompt: str, response: marked.Response, model: LanguageModel
 ) -> tuple[list[Piece], list[int]]:
-    """The pieces of a response's text and the span of each; `InputError` that names its place."""
+    """The pieces of a response, EOS included, and the span of each; -1: none.
+
+    `InputError` names the place of a response that is wrong.
+    """
     place = response.place
     try:
         before, found = (pieces(text, model.tokenizer) for text in (prompt, response.text))
@@ -212,17 +212,11 @@ def _read(
         spans = marked_tokens(response.text, spans, model.tokenizer)
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
-    if not (before and found):
-        raise InputError(f"{place}: the prompt or the response comes to no token; give it text")
     if {piece.id for piece in before + found} & set(model.eos_ids):
         raise InputError(f"{place}: the text itself holds an end token; take it out")
-    if (needed := len(before) + len(found) + 1) > room:
-        raise InputError(
-            f"{place}: prompt, response and end token are {needed} tokens, but the models have "
-            f"{room} positions; shorten them"
-        )
     marked.check(response, spans, [piece.text for piece in found])
-    return found, spans.tolist()
+    end = Piece(model.eos_ids[0], model.tokenizer.id_to_token(model.eos_ids[0]), None)
+    return [*found, end], [*spans.tolist(), -1]
 
 
 def _scored(
@@ -244,22 +238,10 @@ def _response(
     response: marked.Response, found: Sequence[Piece], spans: Sequence[int], values: np.ndarray
 ) -> Record:
     """A response's record; `found`, `spans` and the [3, T] values are of its tokens and EOS."""
-    sums = dict.fromkeys(range(-1, len(response.marks)), 0.0)
-    tokens = []
-    for piece, span, numbers in zip(found, spans, values.T, strict=True):
-        reward, logp, reference_logp = (float(str(number)) for number in numbers)  # fewest digits
-        sums[span] += reward
-        tokens.append(
-            {
-                "piece": piece.text,
-                "id": piece.id,
-                "part": piece.part and piece.part._asdict(),
-                "reward": reward,
-                "logp": logp,
-                "reference_logp": reference_logp,
-                "span": None if span < 0 else span,
-            }
-        )
+    tokens = [_token(*one) for one in zip(found, spans, values.T, strict=True)]
+    sums = dict.fromkeys([None, *range(len(response.marks))], 0.0)
+    for token in tokens:
+        sums[token["span"]] += token["reward"]
     of_spans = [sums[number] for number in range(len(response.marks))]
     return {
         "name": response.name,
@@ -271,4 +253,17 @@ def _response(
             mark.span._asdict() | {"reward": reward}
             for mark, reward in zip(response.marks, of_spans, strict=True)
         ],
+    }
+
+
+def _token(piece: Piece, span: int, values: np.ndarray) -> Record:
+    reward, logp, reference_logp = (float(str(number)) for number in values)  # fewest digits
+    return {
+        "piece": piece.text,
+        "id": piece.id,
+        "part": piece.part and piece.part._asdict(),
+        "reward": reward,
+        "logp": logp,
+        "reference_logp": reference_logp,
+        "span": None if span < 0 else span,
     }

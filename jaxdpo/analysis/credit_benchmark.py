@@ -23,26 +23,27 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from jaxdpo import InputError, recipe, runs, sharding
-from jaxdpo.analysis import credit_measures, credit_tables, known_errors
+from jaxdpo.analysis import credit, credit_measures, credit_tables, known_errors
 from jaxdpo.analysis.credit_measures import Scores
 from jaxdpo.analysis.known_errors import Case
 from jaxdpo.analysis.token_scores import noise_floor, token_logps, whole_store
 from jaxdpo.language_models import LanguageModel, check_same_vocabulary, language_model
 from jaxdpo.metrics import console
-from jaxdpo.records import Record, read_json, write_json
+from jaxdpo.records import Record, differing, read_json, write_json
 
 FILES = ("credit_benchmark.json", "credit_benchmark.md", "credit_benchmark.png")
+RUN_ALONE = {"seed", "model.weights", "dpo.beta", "dpo.data.limit"}  # of a group, may differ
 section = credit_tables.section  # of the record in the first of them
 
 
 class Trial(NamedTuple):
-    """The models to measure, by name; a run's seed, and the pairs that it was trained on."""
+    """The models to measure, by name; and the run they are of, its seed and training pairs."""
 
-    name: str
     policy: str
     reference: str
     base: str | None
     beta: float
+    name: str | None = None
     seed: int | None = None
     pairs: int | None = None
 
@@ -83,21 +84,30 @@ def write(
     """
     if not (out or run):
         raise InputError("--out: give a folder to write into, or --run")
+    asked = dict(split=split, limit=limit, corrupt=bool(corrupt), seed=seed or 0)
+    if asked["seed"] < 0:
+        raise InputError(f"--seed: {seed} must be 0 or more")
     models = dict(model=model, reference=reference, base=base, beta=beta)
     models = {name: value for name, value in models.items() if value is not None}
+    if run and data and out and {"model", "reference", "beta"} <= models.keys():
+        raise InputError("--run: has no effect where all else is given; leave it out")
     trials, found = _trials(run, models)
-    asked = dict(split=split, limit=limit, corrupt=bool(corrupt), seed=seed or 0)
-    sources = [Source(*_data(data, format, *of_run), **asked) for of_run in found]
-    cases, counts = _cases(sources)
-    scorer = _Scorer(cases, trials[0], dtype)
+    if data:
+        found = [(data, format or "pairs")]
+    cases, counts, source = _cases([Source(*_data(*one, format), **asked) for one in found])
+    folder = credit.folder(out or run)
+    record = asked | {"data": source, "trials": [trial._asdict() for trial in trials]}
+    scorer = _Scorer(cases, trials[0], dtype, source)
     scores = [scorer.scores(trial, seed=asked["seed"] + n) for n, trial in enumerate(trials)]
-    record = asked | {"data": sources[0].data, "trials": [trial._asdict() for trial in trials]}
-    record |= {"counts": counts, "noise_floor": trials[0].beta * scorer.noise_floor}
     groups = credit_measures.groups([(trial.beta, trial.pairs) for trial in trials])
     responses = scorer.responses, scorer.mended
     record |= credit_measures.measured(groups, scores, *responses, seed=asked["seed"])
-    folder = Path(out or run)
-    folder.mkdir(parents=True, exist_ok=True)
+    main = groups[record["main"]["beta"], record["main"]["pairs"]]
+    noise_floor = max(scorer.noise_floor(trials[n]) for n in main)
+    return _written(record | {"counts": counts, "noise_floor": noise_floor}, folder)
+
+
+def _written(record: Record, folder: Path) -> list[Table | str]:
     write_json(folder / FILES[0], record)
     (folder / FILES[1]).write_text(credit_tables.markdown(record), encoding="utf-8")
     credit_tables.draw(record).savefig(folder / FILES[2], dpi=130)
@@ -106,36 +116,55 @@ def write(
 
 def _trials(run: str | None, models: Record) -> tuple[list[Trial], list[tuple[str | None, str]]]:
     """What to measure, and the held-out data and its format that each run names."""
+    renamed = {"policy" if name == "model" else name: models[name] for name in models}
+    if not 0 < models.get("beta", 1) < float("inf"):
+        raise InputError(f"--beta: {models['beta']} must be above 0; give that of the training")
     if run is None:
         for name in ("model", "reference", "beta"):
             if name not in models:
                 raise InputError(f"--{name}: give it, or --run, a run's work directory")
-        name = models.pop("model")
-        trial = Trial(name, name, **{"base": None} | models)
-        return [_checked(trial)], [(None, "pairs")]
-    folders = [Path(run)] if runs.is_run(run) else _preference_runs(Path(run))
-    if models and not runs.is_run(run):
-        raise InputError(f"--{min(models)}: every run in {run} has its own; leave it out")
-    found = [(folder, runs.roles(folder)) for folder in folders]
-    trials = [_trial(folder, roles) for folder, roles in found]
+        return [Trial(**{"base": None} | renamed)], [(None, "pairs")]
     if runs.is_run(run):
-        renamed = {"policy" if name == "model" else name: models[name] for name in models}
-        trials = [trials[0]._replace(**renamed)]
-    seen: dict[tuple, str] = {}
-    for trial in map(_checked, trials):
-        other = seen.setdefault((trial.beta, trial.pairs, trial.seed), trial.name)
-        if other != trial.name:
-            raise InputError(
-                f"--run {run}: {other} and {trial.name} have the same beta, pairs and seed, so "
-                "they differ in what is no seed; measure each alone"
-            )
+        roles = runs.roles(run)
+        return [_overridden(Path(run), roles, renamed)], [(roles.data, roles.format)]
+    if models:
+        raise InputError(f"--{min(models)}: every run in {run} has its own; leave it out")
+    found = [(folder, runs.roles(folder)) for folder in _preference_runs(Path(run))]
+    trials = [_trial(folder, roles) for folder, roles in found]
+    _check_seeds_alone_differ(Path(run), trials)
     return trials, [(roles.data, roles.format) for _, roles in found]
 
 
-def _checked(trial: Trial) -> Trial:
-    if not 0 < trial.beta < float("inf"):
-        raise InputError(f"--beta: {trial.beta} must be positive")
-    return trial
+def _overridden(workdir: Path, roles: runs.Roles, models: Record) -> Trial:
+    """A run with other models or another beta: with other models it is that run no more."""
+    if not {"policy", "reference"} & models.keys():
+        return _trial(workdir, roles)._replace(**models)
+    if "policy" not in models:
+        _check_finished(workdir)
+    base = None if "reference" in models else _base(workdir, roles)
+    own = dict(policy=roles.policy, reference=roles.reference, base=base, beta=roles.beta)
+    return Trial(**own | models)
+
+
+def _check_seeds_alone_differ(folder: Path, trials: Sequence[Trial]) -> None:
+    """Raise `InputError` where runs that would be averaged differ in what is no seed."""
+    settings = [(trial.beta, trial.pairs) for trial in trials]
+    for numbers in credit_measures.groups(settings).values():
+        first, *others = (trials[number] for number in numbers)
+        seeds = {first.seed: first.name}
+        config = read_json(folder / first.name / "config.json")
+        for other in others:
+            found = differing(config, read_json(folder / other.name / "config.json"))
+            if wrong := [key for key in found if key not in RUN_ALONE]:
+                raise InputError(
+                    f"--run {folder}: {first.name} and {other.name} differ in {', '.join(wrong)}, "
+                    "not in their seed alone; measure each alone"
+                )
+            if seeds.setdefault(other.seed, other.name) != other.name:
+                raise InputError(
+                    f"--run {folder}: {seeds[other.seed]} and {other.name} have the same beta, "
+                    "pairs and seed; measure each alone"
+                )
 
 
 def _preference_runs(folder: Path) -> list[Path]:
@@ -152,13 +181,22 @@ def _preference_runs(folder: Path) -> list[Path]:
 
 
 def _trial(workdir: Path, roles: runs.Roles) -> Trial:
-    report = workdir / "dpo" / "data_report.json"
-    if not report.is_file():
-        raise InputError(f"{workdir}: its dpo stage has not begun; run its recipe first")
-    pairs = read_json(report)["truncation"]["train"]["examples"]
-    seed = _config(workdir).seed
-    names = roles.policy, roles.reference, _base(workdir, roles)
-    return Trial(workdir.name, *names, beta=roles.beta, seed=seed, pairs=pairs)
+    _check_finished(workdir)
+    report = read_json(workdir / "dpo" / "data_report.json")
+    return Trial(
+        policy=roles.policy,
+        reference=roles.reference,
+        base=_base(workdir, roles),
+        beta=roles.beta,
+        name=workdir.name,
+        seed=_config(workdir).seed,
+        pairs=report["truncation"]["train"]["examples"],
+    )
+
+
+def _check_finished(workdir: Path) -> None:
+    if not (workdir / "dpo" / "done.json").is_file():
+        raise InputError(f"{workdir}: its dpo stage has not finished; run its recipe again first")
 
 
 def _base(workdir: Path, roles: runs.Roles) -> str | None:
@@ -174,14 +212,14 @@ def _config(workdir: Path) -> ConfigDict:
     return ConfigDict(read_json(workdir / "config.json"))
 
 
-def _data(data, format, of_run: str | None, format_of_run: str) -> tuple[str, str]:
-    if not (data or of_run):
+def _data(data: str | None, format_of_it: str, format: str | None) -> tuple[str, str]:
+    if not data:
         raise InputError("--data: give held-out pairs; there is no run that names them")
-    return data or of_run, format or format_of_run
+    return data, format or format_of_it
 
 
-def _cases(sources: Sequence[Source]) -> tuple[list[Case], Record]:
-    """The responses of the sources, which must all hold the same, and what was counted."""
+def _cases(sources: Sequence[Source]) -> tuple[list[Case], Record, str]:
+    """The responses of the sources, which must all hold the same, counts, and the first's name."""
     found = {source: _read(source) for source in dict.fromkeys(sources)}
     first, *others = found
     for other in others:
@@ -190,7 +228,7 @@ def _cases(sources: Sequence[Source]) -> tuple[list[Case], Record]:
                 f"{other.data}: holds other pairs than {first.data}; name those to measure all "
                 "runs on with --data"
             )
-    return found[first]
+    return *found[first], first.data
 
 
 def _read(source: Source) -> tuple[list[Case], Record]:
@@ -207,34 +245,42 @@ def _read(source: Source) -> tuple[list[Case], Record]:
 class _Scorer:
     """Scores the cases with one model after another, none in memory with the next."""
 
-    def __init__(self, cases: Sequence[Case], trial: Trial, dtype: str | None):
+    def __init__(self, cases: Sequence[Case], trial: Trial, dtype: str | None, source: str):
         self._mesh, self._dtype = sharding.make_mesh(), dtype
-        self._first = first = self._model(trial.policy)
+        first = self._model(trial.policy)
         several = [case for case in cases if len(case.errors) > 1]
         every = [*cases, *map(known_errors.first_put_right, several)]
         longest = first.lm.model.config.max_positions
         pairs = [case.pair for case in every]
-        self._store = whole_store(pairs, first.tokenizer, first.eos_ids[0], longest)
-        every = known_errors.responses(every, self._store, first.tokenizer)
+        try:
+            self._store = whole_store(pairs, first.tokenizer, first.eos_ids[0], longest)
+            every = known_errors.responses(every, self._store, first.tokenizer)
+        except InputError as cause:
+            raise InputError(f"{source} {cause}") from cause
         self.responses, self.mended = every[: len(cases)], every[len(cases) :]
-        logps = token_logps(first, self._store, label=first.name)
-        self.noise_floor = noise_floor(first, self._store, logps)
-        self._known = {_key(first): logps}  # runs of one start share their reference
-        self._first = first._replace(lm=None)
+        self._first, self._keys, self._known = first._replace(lm=None), {}, {}
 
     def scores(self, trial: Trial, *, seed: int) -> Scores:
         """Every score of every scored token; reward and baselines, by name."""
         names = trial.policy, trial.reference, trial.base
-        logps = [None if name is None else self._logps(name) for name in names]
+        logps = [None if name is None else self._scored(name)[0] for name in names]
         every = [*self.responses, *self.mended]
         return credit_measures.scores(every, *logps, beta=trial.beta, seed=seed)
 
-    def _logps(self, name: str) -> np.ndarray:
-        model = self._model(name)
-        check_same_vocabulary([self._first, model])
-        if _key(model) not in self._known:
-            self._known[_key(model)] = token_logps(model, self._store, label=name)
-        return self._known[_key(model)]
+    def noise_floor(self, trial: Trial) -> float:
+        """How far rounding alone moves a reward: beta times what it does to both models."""
+        return trial.beta * sum(self._scored(name)[1] for name in (trial.policy, trial.reference))
+
+    def _scored(self, name: str) -> tuple[np.ndarray, float]:
+        """A model's log-probabilities and their noise; runs of one start share a reference."""
+        if name not in self._keys:
+            model = self._model(name)
+            check_same_vocabulary([self._first, model])
+            self._keys[name] = _key(model)
+            if _key(model) not in self._known:
+                logps = token_logps(model, self._store, label=name)
+                self._known[_key(model)] = logps, noise_floor(model, self._store, logps)
+        return self._known[self._keys[name]]
 
     def _model(self, name: str) -> LanguageModel:
         return language_model(name, self._mesh, dtype=self._dtype)

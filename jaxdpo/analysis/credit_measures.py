@@ -55,7 +55,8 @@ def scores(
     """The reward and the baselines of every scored token, from log-probabilities in nats.
 
     DPO reward = beta (log pi - log pi_ref); SFT is the reference. Spread evenly, every token
-    of a response has the mean of its rewards: all that a sequence-level reward knows.
+    of a response has the mean of its rewards: all that a sequence-level reward knows. Random
+    scores have mean zero, so that a value of many tokens has no other sum than one of few.
     """
     policy, reference = policy.astype(np.float64), reference.astype(np.float64)
     reward = beta * (policy - reference)
@@ -65,7 +66,7 @@ def scores(
             evenly[places] = reward[places].mean()
     found = {REWARD: reward, SFT: reference, DPO: policy}
     found |= {} if base is None else {OVER_BASE: reference - base}
-    chance = np.random.default_rng(seed).random(len(reward))
+    chance = np.random.default_rng(seed).uniform(-0.5, 0.5, len(reward))
     return found | {EVENLY: evenly, RANDOM: chance}
 
 
@@ -92,8 +93,8 @@ def measured(
     """All that is measured: one group of trials in full, and of every group what is swept.
 
     `groups` are of (beta, pairs trained on); the one in full is where the two sweeps cross: the
-    most pairs at the beta that was trained on most numbers of pairs. `mended` are the responses
-    with several errors in order, their first error put right.
+    most pairs at the beta that was trained on most numbers of pairs, or of those in most runs.
+    `mended` are the responses with several errors in order, their first error put right.
     """
     units = 1 + max(response.case.unit for response in responses)
     names = [name for name in scores[0] if all(name in one for one in scores)]
@@ -111,11 +112,10 @@ def measured(
 
 
 def _crossing(groups: Mapping[tuple[float, int | None], Sequence[int]]) -> tuple:
-    sizes: dict[float, set] = {}
-    for beta, pairs in groups:
-        sizes.setdefault(beta, set()).add(pairs or 0)
-    beta = max(sizes, key=lambda beta: len(sizes[beta]))
-    return max((one for one in groups if one[0] == beta), key=lambda one: one[1] or 0)
+    of_beta = {beta: [one for one in groups if one[0] == beta] for beta, _ in groups}
+    runs = {beta: sum(len(groups[one]) for one in found) for beta, found in of_beta.items()}
+    beta = max(of_beta, key=lambda beta: (len(of_beta[beta]), runs[beta]))
+    return max(of_beta[beta], key=lambda one: one[1] or 0)
 
 
 def _in_full(
@@ -123,7 +123,8 @@ def _in_full(
 ) -> Record:
     return {
         "responses": len(responses),
-        "errors": sum(len(response.case.errors) for response in responses),
+        "errors": len(_errors(responses)),
+        "compared": _compared(_errors(responses)),
         "scores": _detection(samples, scores, responses),
         "breakdown": _breakdown(samples, scores, responses),
         "stitching": _stitching(samples, scores, responses, mended),
@@ -151,18 +152,26 @@ def _detection(samples: Resamples, scores: Scores, responses: Sequence[Response]
             score: _listed(statistic(samples, values[:, places], wrong, unit))
             for score, values in scores.items()
         }
-    return {score: {name: of[score] for name, of in found.items()} for score in scores}
+    return {
+        score: {name: of[score] for name, of in found.items() if score in of} for score in scores
+    }
 
 
 def _errors(responses: Sequence[Response]) -> list[tuple[Response, int]]:
     return [(one, number) for one in responses for number in range(len(one.case.errors))]
 
 
+def _compared(errors: Sequence[tuple[Response, int]]) -> int:
+    """How many of the errors can be compared with the right value in their place."""
+    return sum(one.chosen_error is not None for one, _ in errors)
+
+
 def _against_right_values(scores: Scores, errors: Sequence[tuple[Response, int]]) -> Values:
     """Whether each error scores lower than the right value in its place; a tie is half.
 
     The score of a value is the sum of its tokens'. Left out are errors of responses that the
-    tokenizer splits otherwise where the right values stand in them.
+    tokenizer splits otherwise where the right values stand in them, and the score that is
+    spread evenly, of which a value's share says nothing but how long it is.
     """
     looked = [
         (one.places[one.error == n], one.chosen_places[one.chosen_error == n], one.case.unit)
@@ -170,7 +179,8 @@ def _against_right_values(scores: Scores, errors: Sequence[tuple[Response, int]]
         if one.chosen_error is not None
     ]
     found = {}
-    for name, values in scores.items():
+    for name in [name for name in scores if name != EVENLY]:
+        values = scores[name]
         sums = [[values[:, pair[n]].sum(axis=1) for pair in looked] for n in (0, 1)]
         wrong, right = (np.reshape(side, (len(looked), len(values))).T for side in sums)
         found[name] = (wrong < right) + 0.5 * (wrong == right)
@@ -189,6 +199,7 @@ def _breakdown(samples: Resamples, scores: Scores, responses: Sequence[Response]
             here = np.array([label[by] == group for label in labels])
             beside = [errors[number] for number in np.flatnonzero(here)]
             row = {"by": by, "group": group, "errors": len(beside)}
+            row["compared"] = _compared(beside)
             row |= {"auroc": _means(samples, _subset(aurocs, here))}
             right_value = _means(samples, _against_right_values(scores, beside))
             rows.append(row | {"right_value": right_value})

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from jaxdpo.analysis import page
 from jaxdpo.analysis.credit_measures import EVENLY, LOST, RANDOM, REWARD, SFT
+from jaxdpo.analysis.page import visible
 from jaxdpo.records import Record
 
 INK, WRONG, OTHERS = "#000000", "#d1495b", ("#1f6fb4", "#2a9d6f", "#a06ab4", "#8a8a8a", "#b98a2f")
@@ -29,6 +30,7 @@ STATISTICS = {  # of the record -> what its column is called
 }
 SELF = (REWARD, "reward_above")
 COMPARED = (REWARD, SFT)
+NARROW = 0.02  # no axis of AUROCs is shorter
 BELOW = "The last columns: how often an error scores below the right value in its place."
 
 
@@ -103,14 +105,14 @@ def draw(record: Record) -> Figure:
 
 def _scores(record: Record) -> Shown:
     rows = [
-        (name, *("-" if (name, key) == SELF else _interval(found[key]) for key in STATISTICS))
+        (name, *("-" if (name, key) == SELF else _interval(found.get(key)) for key in STATISTICS))
         for name, found in record["scores"].items()
     ]
     return Shown(
         f"Finding wrong tokens: {_of(record)}",
         ("score", *STATISTICS.values()),
         rows,
-        f"{record['responses']} responses with {record['errors']} errors; 95% intervals. 'Below "
+        f"{record['responses']} responses with {_errors(record)} errors; 95% intervals. 'Below "
         "the right value': the wrong value scores lower than the right one in its place. Rounding "
         f"alone moves a reward by up to {record['noise_floor']:.1e}.",
     )
@@ -118,7 +120,7 @@ def _scores(record: Record) -> Shown:
 
 def _breakdown(record: Record) -> Shown:
     rows = [
-        (row["by"], row["group"], str(row["errors"]), *_both(record, row))
+        (row["by"], visible(row["group"]), _errors(row), *_both(record, row))
         for row in record["breakdown"]
     ]
     header = ("by", "", "errors", *_both_headers(record))
@@ -172,6 +174,12 @@ def _of(record: Record) -> str:
     return f"beta {main['beta']:g}{pairs}{runs}"
 
 
+def _errors(row: Record) -> str:
+    """How many errors there are, and of how many the right values can be compared with."""
+    every, compared = row["errors"], row["compared"]
+    return str(every) if every == compared else f"{every} ({compared} beside right values)"
+
+
 def _informed(record: Record) -> list[str]:
     """The scores that can tell tokens of a response apart."""
     return [name for name in record["scores"] if name not in (EVENLY, RANDOM)]
@@ -190,12 +198,12 @@ def _both_headers(record: Record) -> tuple[str, ...]:
     return (*_informed(record), *(f"{name}, below right" for name in COMPARED))
 
 
-def _interval(estimate: Sequence[float | None], digits: int = 3) -> str:
-    value, low, high = estimate
+def _interval(estimate: Sequence[float | None] | None, digits: int = 3) -> str:
+    value, low, high = estimate or (None, None, None)
     if value is None:
         return "-"
-    ends = "" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return f"{value:.{digits}f}{ends}"
+    shown = lambda number: f"{round(number, digits) + 0.0:.{digits}f}"  # no -0.000
+    return shown(value) + ("" if low is None else f" [{shown(low)}, {shown(high)}]")
 
 
 def _count(value: int | None) -> str:
@@ -207,13 +215,15 @@ def _draw_scores(ax: Axes, record: Record) -> None:
     names = list(record["scores"])[::-1]
     for place, name in enumerate(names):
         found = record["scores"][name]
-        for statistic, up, face in (("auroc", 0.14, None), ("right_value", -0.14, "none")):
-            colour = INK if name == REWARD else OTHERS[0]
+        colour = INK if name == REWARD else OTHERS[0]
+        shown = (("auroc", 0.14, None), ("right_value", -0.14, "none"))
+        for statistic, up, face in (one for one in shown if one[0] in found):
             _dot(ax, found[statistic], place + up, colour, markerfacecolor=face or colour)
     ax.set_yticks(range(len(names)), names)
     ax.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
     ax.plot([], [], "o", color=OTHERS[0], label="AUROC within a response")
     ax.plot([], [], "o", color=OTHERS[0], markerfacecolor="none", label="below the right value")
+    _show_equal(ax, "x")
     ax.legend(fontsize=8, loc="center")
     ax.set_title(f"Finding wrong tokens: {_of(record)}", fontsize=10)
 
@@ -237,10 +247,11 @@ def _draw_breakdown(ax: Axes, record: Record) -> None:
     for place, (_, row) in enumerate(rows[::-1]):
         _dot(ax, row["auroc"][SFT], place - 0.15, OTHERS[0])
         _dot(ax, row["auroc"][REWARD], place + 0.15, INK)
-    labels = [f"errors: {group}" if group.isdigit() else group for group, _ in rows]
-    ax.set_yticks(range(len(rows)), labels[::-1], fontsize=7)
+    labels = [f"errors: {group}" if group.isdigit() else visible(group) for group, _ in rows]
+    ax.set_yticks(range(len(rows)), labels[::-1], fontsize=7, parse_math=False)
     for name, colour in zip(COMPARED, (INK, OTHERS[0]), strict=True):
         ax.plot([], [], "o", color=colour, label=name)
+    _show_equal(ax, "x")
     ax.legend(fontsize=8, loc="lower left")
     ax.set_title("AUROC within a response, by error", fontsize=10)
 
@@ -266,6 +277,7 @@ def _draw_sweep(ax: Axes, record: Record, key: str) -> None:
     ax.set_xscale("log")
     ax.set_xticks([row[key] for row in rows], [f"{row[key]:g}" for row in rows])
     ax.minorticks_off()
+    _show_equal(ax, "y")
     ax.legend(fontsize=8)
     ax.set(xlabel=key, ylabel="AUROC within a response; below right")
     other = f"{record['main']['pairs']} pairs" if key == "beta" else f"beta {rows[0]['beta']:g}"
@@ -274,7 +286,16 @@ def _draw_sweep(ax: Axes, record: Record, key: str) -> None:
 
 def _curve(ax: Axes, rows: list[Record], key: str, statistic: str, name: str, **style) -> None:
     value, low, high = np.array([row[statistic][name] for row in rows], float).T
-    ax.errorbar([row[key] for row in rows], value, [value - low, high - value], **style)
+    beside = np.maximum([value - low, high - value], 0)  # rounding may turn an end of no length
+    ax.errorbar([row[key] for row in rows], value, beside, **style)
+
+
+def _show_equal(ax: Axes, axis: str) -> None:
+    """Keep rounding from filling an axis of numbers that are the same."""
+    low, high = getattr(ax, f"get_{axis}lim")()
+    if high - low < NARROW:
+        middle = (low + high) / 2
+        ax.set(**{f"{axis}lim": (middle - NARROW / 2, middle + NARROW / 2)})
 
 
 def _line(record: Record, key: str) -> list[Record]:

@@ -88,26 +88,24 @@ def cells(response: Record, *, top: float, noise_floor: float) -> list[Cell]:
     `top` is what `scale` says of the record.
     """
     tokens = response["tokens"]
-    spans = [None, *(token["span"] for token in tokens), None]
+    spans = [token["span"] for token in tokens]
+    beside = zip(tokens, [None, *spans], spans, [*spans[1:], None], strict=False)
     found = []
-    for at, token in enumerate(tokens):
-        before, span, after = spans[at : at + 3]
-        noise = abs(token["reward"]) <= noise_floor
-        end = at == len(tokens) - 1
-        found.append(
-            Cell(
-                "EOS" if end else shown(token),
-                "{number}/{count}".format(**token["part"]) if token["part"] else "",
-                token,
-                0.0 if noise else token["reward"] / top,
-                noise,
-                end,
-                opens=span is not None and span != before,
-                closes=span is not None and span != after,
-                breaks="\n" in token["piece"],
-            )
+    for token, before, span, after in beside:
+        noise, marked = abs(token["reward"]) <= noise_floor, span is not None
+        cell = Cell(
+            shown(token),
+            "{number}/{count}".format(**token["part"]) if token["part"] else "",
+            token,
+            strength=0.0 if noise else token["reward"] / top,
+            noise=noise,
+            end=False,
+            opens=marked and span != before,
+            closes=marked and span != after,
+            breaks="\n" in token["piece"],
         )
-    return found
+        found.append(cell)
+    return [*found[:-1], found[-1]._replace(text="EOS", end=True)]
 
 
 def sums(response: Record) -> str:
@@ -197,17 +195,19 @@ def _draw_header(figure: Figure, axes: Axes, record: Record, width: float, heigh
     names = [record["models"][role]["name"] for role in ("policy", "reference")]
     title = f"policy {names[0]}    reference {names[1]}    beta {record['beta']:g}"
     _write(axes, _MARGIN, 20.0, title, weight="bold")
-    end, left = scale(record), _MARGIN + 290
+    end = scale(record)
     place = figure.add_axes((_MARGIN / width, 1 - 44 / height, 240 / width, 10 / height))
     scalar = ScalarMappable(Normalize(-end, end), COLOURS)
     bar = figure.colorbar(scalar, cax=place, orientation="horizontal")
     bar.set_ticks([-end, 0, end], labels=[signed(-end), "0", signed(end)], fontsize=8)
     place.axvline(0, color=INK, linewidth=1.2)
+    _draw_legend(axes, _MARGIN + 290, record["noise_floor"])
+
+
+def _draw_legend(axes: Axes, left: float, noise_floor: float) -> None:
     _write(axes, left, 38.0, "reward of a token, beta log(policy / reference)", color=MUTED)
     blank = Cell("", "", {"span": None}, 0.0, False, False, False, False, False)
-    noise = (
-        f"within ±{record['noise_floor']:.2g}: below the noise (same weights, another batch shape)"
-    )
+    noise = f"within ±{noise_floor:.2g}: below the noise (same weights, another batch shape)"
     marked = blank._replace(token={"span": 0}, opens=True, closes=True)
     for at, cell, said in (
         (left, blank._replace(noise=True), noise),

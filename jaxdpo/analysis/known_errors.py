@@ -5,21 +5,24 @@ from the right responses of any pairs by rule (`corruption`). Left out: scores (
 and what they are worth (`credit_benchmark`).
 """
 
+import itertools
+import json
+import re
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from jaxdpo import InputError, corruption, pairs
 from jaxdpo.analysis.token_scores import Span, marked_tokens
-from jaxdpo.pairs import Pair
-from jaxdpo.records import Record, read_log
+from jaxdpo.pairs import END_OF_TEXT, DataReport, Pair
+from jaxdpo.records import Record
 from jaxdpo.synthetic import Error
 from jaxdpo.tokens import TokenStore, text_ids
 
+_KINDS = {str: "a string", int: "a whole number"}
 SEVERAL = 2  # errors in the corrupted responses that have more than one
 
 
@@ -50,26 +53,51 @@ class Response(NamedTuple):
 def labelled(source: str, *, limit: int | None) -> tuple[list[Case], Record]:
     """The cases of a .jsonl file of pairs with `errors`, and what was read and left out.
 
-    An error is {"kind", "start", "end", "right", "wrong"}: characters `start:end` of the
-    rejected response are `wrong`, and `right` would be true there. That response with all put
-    right is compared with, not the row's own chosen one, which may be worded otherwise.
-    Raises `InputError` for a row without the field, or whose errors are not where it says.
+    A rejected response with all its `errors` put right (`errors_of`) is compared with, not the
+    row's own chosen one, which may be worded otherwise. Bad rows are counted by reason. Raises
+    `InputError` for a row that is no bad one and whose errors cannot be read.
     """
     if not source.endswith(".jsonl"):
         raise InputError(f"{source}: errors are read from .jsonl files only; write it as one")
-    read, report = pairs.read_pairs(source, format="pairs", limit=limit)
-    rows, cases, perfect = read_log(Path(source)), [], 0
-    units: dict[str, int] = {}
-    for pair in read:
-        errors = _errors(pair, rows[pair.line - 1], f"{source} line {pair.line}")
+    read, report = pairs.read_pairs(source, format="pairs", limit=limit, max_bad_fraction=1.0)
+    cases, perfect, units = [], 0, {}
+    for pair, row in zip(read, _rows(source, [pair.line for pair in read]), strict=True):
+        errors = errors_of(row, pair.rejected, f"{source} line {pair.line}")
         perfect += not errors
         if errors:
             pair = pair._replace(chosen=put_right(pair.rejected, errors)[0])
             cases.append(Case(pair, errors, units.setdefault(pair.prompt, len(units))))
     if not cases:
         raise InputError(f"{source}: no row has an error to find; give pairs whose rejected err")
-    left_out = {"bad row": report.rows - report.kept, "no error in it": perfect}
+    left_out = _bad_rows(report) | {"no error in it": perfect}
     return cases, {"rows": report.rows, "responses": len(cases), "left_out": left_out}
+
+
+def errors_of(row: Record, rejected: str, place: str) -> tuple[Error, ...]:
+    """The `errors` of a row, from left to right: where its `rejected` response is wrong.
+
+    An error is {"kind", "start", "end", "right", "wrong"}: characters `start:end` of it are
+    `wrong`, and `right` would be true there. Raises `InputError`, which begins with `place`,
+    for a row without the field, or whose errors are not where it says, empty or overlapping.
+
+    >>> row = {"errors": [{"kind": "pet", "start": 3, "end": 6, "right": "dog", "wrong": "cat"}]}
+    >>> errors_of(row, " a cat", "line 1")
+    (Error(kind='pet', start=3, end=6, right='dog', wrong='cat'),)
+    """
+    if "errors" not in row:
+        raise InputError(f"{place}: has no field 'errors'; mark what is wrong, or use --corrupt")
+    if not isinstance(row["errors"], list):
+        raise InputError(f"{place}: field 'errors' must be a list")
+    numbered = enumerate(row["errors"], 1)
+    errors = [_error(error, rejected, f"{place}: error {number}") for number, error in numbered]
+    errors.sort(key=lambda error: error.start)
+    for one, two in itertools.pairwise(errors):
+        if two.start < one.end:
+            raise InputError(
+                f"{place}: errors {one.start}:{one.end} and {two.start}:{two.end} overlap; mark a "
+                "character once"
+            )
+    return tuple(errors)
 
 
 def corrupted(
@@ -80,7 +108,8 @@ def corrupted(
     Each becomes a response with one error by each rule, and one with several by any rule; a
     response in which a rule finds too little to swap is counted by rule.
     """
-    read, report = pairs.read_pairs(source, format=format, split=split or "train", limit=limit)
+    asked = dict(format=format, split=split or "train", limit=limit)
+    read, report = pairs.read_pairs(source, **asked, max_bad_fraction=1.0)
     last = {pair.prompt: pair for pair in read}
     names = corruption.names(text for pair in last.values() for text in (pair.prompt, pair.chosen))
     ways = {rule: ([rule], 1) for rule in corruption.RULES}
@@ -96,8 +125,9 @@ def corrupted(
                 cases.append(Case(pair._replace(rejected=found[0]), found[1], unit))
     if not cases:
         raise InputError(f"{source}: no chosen response holds a number, name or unit to swap")
-    left_out |= {"bad row": report.rows - report.kept, "prompt met again": len(read) - len(last)}
-    return cases, {"rows": report.rows, "responses": len(cases), "left_out": dict(left_out)}
+    left_out |= {"prompt met again": len(read) - len(last)}
+    left_out = _bad_rows(report) | left_out
+    return cases, {"rows": report.rows, "responses": len(cases), "left_out": left_out}
 
 
 def first_put_right(case: Case) -> Case:
@@ -143,21 +173,40 @@ def responses(cases: Sequence[Case], store: TokenStore, tokenizer: Tokenizer) ->
     return found
 
 
-def _errors(pair: Pair, row: Record, place: str) -> tuple[Error, ...]:
-    if "errors" not in row:
-        raise InputError(f"{place}: has no field 'errors'; mark what is wrong, or use --corrupt")
-    malformed = InputError(f"{place}: an error must have kind, start, end, right and wrong")
-    try:
-        errors = tuple(Error(**error) for error in row["errors"])
-        inside = [pair.rejected[error.start : error.end] == error.wrong for error in errors]
-    except TypeError:
-        raise malformed from None
-    if not all(isinstance(text, str) for error in errors for text in (error.kind, error.right)):
-        raise malformed
-    if not all(inside):
-        number = inside.index(False) + 1
-        raise InputError(f"{place}: error {number} is not where it says in 'rejected'; correct it")
-    return tuple(sorted(errors, key=lambda error: error.start))
+def _rows(source: str, lines: Sequence[int]) -> Iterator[Record]:
+    """The rows on these lines, which are known to hold one."""
+    wanted = set(lines)
+    with open(source, "rb") as file:
+        for line, text in enumerate(file, 1):
+            if line in wanted:
+                yield json.loads(text.decode("utf-8-sig"))
+
+
+def _bad_rows(report: DataReport) -> dict[str, int]:
+    return {f"bad row: {reason}": len(lines) for reason, lines in report.skipped.items()}
+
+
+def _error(error: Any, rejected: str, place: str) -> Error:
+    """An error as a row holds it, checked; `InputError` begins with `place`."""
+    kinds = Error.__annotations__
+    if not isinstance(error, dict) or error.keys() != kinds.keys():
+        raise InputError(f"{place} must be an object with {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        if type(error[name]) is not kind:  # isinstance would take true for the integer 1
+            raise InputError(f"{place}: {name!r} must be {_KINDS[kind]}")
+    found = Error(**error)
+    if END_OF_TEXT in found.right or re.search("[\ud800-\udfff]", found.kind + found.right):
+        raise InputError(f"{place}: holds a lone surrogate or {END_OF_TEXT}; write plain text")
+    if not 0 <= found.start < found.end <= len(rejected):
+        raise InputError(
+            f"{place} ({found.start}:{found.end}) is empty or outside 'rejected', which has "
+            f"{len(rejected)} characters; count from 0, the end exclusive"
+        )
+    if rejected[found.start : found.end] != found.wrong:
+        raise InputError(f"{place} is not where it says in 'rejected'; correct it")
+    if not found.right.strip() or found.right == found.wrong:
+        raise InputError(f"{place}: 'right' is empty or the same as 'wrong'; say what is true")
+    return found
 
 
 def _labels(text: str, spans: Sequence[Error | Span], tokenizer: Tokenizer) -> np.ndarray:

@@ -16,7 +16,8 @@ with a space in front needs that space here. In rows of the built-in task the wr
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +25,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdpo import InputError
+from jaxdpo.analysis.known_errors import errors_of
 from jaxdpo.analysis.token_scores import Span
-from jaxdpo.pairs import DataReport, read_pairs
+from jaxdpo.pairs import DataReport, Pair, read_pairs
+from jaxdpo.synthetic import Error
 
 _CHECKED = {"text": str, "tokens": list, "token_start": int, "token_end": int}
 _KINDS = {str: "a string", int: "a whole number", list: "a list", dict: "an object"}
-_ERROR = {"kind", "start", "end", "right", "wrong"}
 _ABOUT = ("subreddit", "title", "post", "edits", "paper_tokens_base", "paper_tokens_corrupted")
 
 
@@ -76,15 +78,14 @@ def from_data(
     """The examples of a data set, and what was skipped; see `pairs.read_pairs`."""
     split = {} if split is None else {"split": split}
     examples, report = read_pairs(data, format=format, max_bad_fraction=1.0, limit=limit, **split)
-    lines = [pair.line for pair in examples]
-    errors = _errors(data, lines) if format == "pairs" and data.endswith(".jsonl") else {}
+    errors = _errors(data, examples) if format == "pairs" and data.endswith(".jsonl") else {}
     items = []
     for prompt, chosen, rejected, line in examples:
         place = f"{data} line {line}"
         if rejected is None:
             sides = (Response("completion", chosen, (), place),)
         else:
-            marks = _mistakes(errors.get(line, ()), rejected, f"{place}, errors")
+            marks = tuple(map(_mistake, errors.get(line, ())))
             sides = (
                 Response("chosen", chosen, (), f"{place}, chosen"),
                 Response("rejected", rejected, marks, f"{place}, rejected"),
@@ -164,29 +165,23 @@ def _fields(row: Any, place: str, needed: dict[str, type], optional: dict[str, t
     for name, kind in known.items():
         if name in row and kind is not object and type(row[name]) is not kind:  # true is no 1
             raise InputError(f"{place}: field {name!r} must be {_KINDS[kind]}")
+        if kind is str and re.search("[\ud800-\udfff]", row.get(name, "")):
+            raise InputError(f"{place}: field {name!r} holds a lone surrogate; write the character")
     return row
 
 
-def _errors(data: str, lines: Iterable[int]) -> dict[int, list[dict]]:
-    """Line -> the wrong values that a row of the built-in task says it has."""
+def _errors(data: str, examples: Sequence[Pair]) -> dict[int, tuple[Error, ...]]:
+    """Line -> the errors of its rejected response, where the row says which there are."""
     with open(data, "rb") as file:
-        rows = dict(enumerate(islice(file, max(lines)), 1))
-    found = {line: json.loads(rows[line]).get("errors") for line in lines}
-    told = lambda errors: (
-        isinstance(errors, list)
-        and all(isinstance(error, dict) and set(error) == _ERROR for error in errors)
-    )
-    return {line: errors for line, errors in found.items() if told(errors)}
+        lines = dict(enumerate(islice(file, examples[-1].line), 1))
+    rows = {pair: json.loads(lines[pair.line].decode("utf-8-sig")) for pair in examples}
+    return {
+        pair.line: errors_of(row, pair.rejected, f"{data} line {pair.line}")
+        for pair, row in rows.items()
+        if "errors" in row
+    }
 
 
-def _mistakes(errors: Iterable[dict], text: str, place: str) -> tuple[Mark, ...]:
-    marks = [
-        {
-            "char_start": error["start"],
-            "char_end": error["end"],
-            "label": f"{error['kind']}: {error['right']} is right",
-            "text": error["wrong"],
-        }
-        for error in errors
-    ]
-    return tuple(_mark(mark, f"{place} {number}") for number, mark in enumerate(marks, 1))
+def _mistake(error: Error) -> Mark:
+    span = Span(error.start, error.end, f"{error.kind}: {error.right} is right")
+    return Mark(span, {"text": error.wrong})

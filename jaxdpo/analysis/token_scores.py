@@ -27,6 +27,9 @@ from jaxdpo.reference import reference_token_logps
 from jaxdpo.tokens import Limits, TokenStore, text_ids, tokenize
 from jaxdpo.train import put_batch
 
+_ROWS = 32  # examples that are scored together
+_SHORT = 4096  # tokens of a batch that costs little
+
 _score = jax.jit(step.token_logps, static_argnums=0)  # compiled once for models of one shape
 
 
@@ -101,33 +104,38 @@ def pieces(text: str, tokenizer: Tokenizer) -> list[Piece]:
 
 
 def whole_store(
-    examples: Sequence[Pair], tokenizer: Tokenizer, eos: int, max_length: int
+    examples: Sequence[Pair],
+    tokenizer: Tokenizer,
+    eos: int,
+    max_length: int,
+    *,
+    named: Callable[[int], str] = "line {}".format,
 ) -> TokenStore:
     """The token store of examples of which nothing may be cut, dropped or left out.
 
-    Raises `InputError` naming the line of one that has an empty part, or whose prompt and
-    longer response, EOS included, are more than `max_length` tokens.
+    Raises `InputError` that says `named(line)` of one that has an empty part, or whose prompt
+    and longer response, EOS included, are more than `max_length` tokens.
     """
     for pair in examples:
         if not all(text is None or text for text in (pair.prompt, pair.chosen, pair.rejected)):
-            raise InputError(f"line {pair.line}: the prompt or a response is empty; give it text")
+            raise InputError(f"{named(pair.line)}: the prompt or a response is empty; give it text")
     unlimited = Limits(sys.maxsize, None, "drop")
     with tempfile.TemporaryDirectory() as folder:
         store = tokenize(examples, tokenizer, eos=eos, limits=unlimited, folder=folder)
         store = dataclasses.replace(store, tokens=np.array(store.tokens))
     if store.report.empty:
-        raise InputError(f"line {store.report.empty[0]}: prompt or response comes to no token")
+        raise InputError(f"{named(store.report.empty[0])}: prompt or response comes to no token")
     lengths = store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)
     if len(longer := np.flatnonzero(lengths > max_length)):
         raise InputError(
-            f"line {store.lines[longer[0]]}: prompt and response are {lengths[longer[0]]} tokens, "
-            f"more than {max_length}; shorten them"
+            f"{named(int(store.lines[longer[0]]))}: prompt and response are "
+            f"{lengths[longer[0]]} tokens, more than {max_length}; shorten them"
         )
     return store
 
 
 def token_logps(
-    model: LanguageModel, store: TokenStore, *, batch_size: int = 32, label: str
+    model: LanguageModel, store: TokenStore, *, batch_size: int = _ROWS, label: str
 ) -> np.ndarray:
     """The log-probability of every scored token in nats, flat float32, as `scored_offsets` say.
 
@@ -152,9 +160,11 @@ def noise_floor(
     """How far rounding alone moves a token's log-probability, in nats.
 
     The largest difference between `logps`, which `token_logps` gave for the store, and the same
-    weights' log-probabilities of its first `examples` in batches of other shapes: two examples
-    to a row, one row alone; and rows of one, 32 at a time. In bfloat16 a device may multiply
-    few rows otherwise than many, and nothing else would show it.
+    weights' log-probabilities of its first `examples` in batches of two other shapes: two
+    examples to a row; and fewer rows if they were many, or else more. In bfloat16 a device may
+    multiply few rows otherwise than some 16, and nothing else would show it; but where examples
+    are both few and long, so many rows would cost too much: there they are only twice as many,
+    and rounding that needs more does not show.
     """
     few = dataclasses.replace(
         store,
@@ -163,13 +173,23 @@ def noise_floor(
         lines=store.lines[:examples],
     )
     rows, score = functools.partial(rows_of, _mesh(model)), _scorer(model)
+    other = rows(_other_rows(rows(min(_ROWS, len(store))), int(few.lengths.sum(axis=1).max())))
     largest = 0.0
-    for shape in (dict(batch_size=2 * rows(1), pairs_per_row=2), dict(batch_size=rows(32))):
+    for shape in (dict(batch_size=2 * rows(1), pairs_per_row=2), dict(batch_size=other)):
         batches = Batches(few, **shape)
         found = prefetch(batches, 0, len(batches))
         again = np.concatenate([jax.device_get(score(one))[one.slots >= 0] for one in found])
         largest = max(largest, float(np.abs(again - logps[: len(again)]).max()))
     return largest
+
+
+def _other_rows(scored: int, length: int) -> int:
+    """How many rows of so many tokens to score again what was scored in `scored` rows.
+
+    >>> _other_rows(32, 500), _other_rows(4, 100), _other_rows(1, 1300), _other_rows(1, 8000)
+    (8, 32, 3, 2)
+    """
+    return scored // 4 if scored >= 16 else max(2 * scored, min(_ROWS, _SHORT // length))
 
 
 def _scorer(model: LanguageModel) -> Callable[[Batch], jax.Array]:
