@@ -18,7 +18,15 @@ from ml_collections import ConfigDict
 
 from jaxdpo import InputError, recipe, runs, stages
 from jaxdpo.analysis import report, trajectories
-from jaxdpo.analysis.trajectories import SIDES, curve, measured, moved, seen
+from jaxdpo.analysis.trajectories import (
+    SIDES,
+    after_start,
+    curve,
+    measured,
+    moved,
+    number,
+    seen,
+)
 from jaxdpo.metrics import console
 from jaxdpo.records import Record
 
@@ -27,36 +35,37 @@ FIGURE, CAPTIONS = "comparison.png", "comparison.md"
 AVERAGE = "#8a6d3b"
 Records = Sequence[Record]
 Claim = tuple[str, Callable[[Records], bool]]  # as text, and whether the records bear it out
-# A recipe's `prediction` -> what Section 5.4 says.
+# A recipe's `prediction` -> what Section 5.4 says. None of it is a test by itself: a reward may
+# fall for other reasons, so a verdict stands beside the other runs that it holds of.
 PREDICTIONS: dict[str, list[Claim]] = {
     "chosen falls": [
         (
             "the chosen are such as the reference's own, whose expected reward is -beta KL "
-            "(Eq. 16), so the chosen must fall",
-            lambda records: moved(records[-1], "chosen") == "fell",
+            "(Eq. 16), so they should fall",
+            lambda records: moved(records, "chosen") == "fell",
         )
     ],
     "average falls": [
         (
-            "chosen and rejected alike are such as the reference's own, so their average must fall",
-            lambda records: moved(records[-1], "averages") == "fell",
+            "chosen and rejected together are such as the reference's own, so their average "
+            "should fall",
+            lambda records: moved(records, "averages") == "fell",
         )
     ],
     "rejected falls": [
         (
-            "the rejected are such as the reference's own, so the rejected must fall",
-            lambda records: moved(records[-1], "rejected") == "fell",
+            "the rejected are such as the reference's own, so they should fall",
+            lambda records: moved(records, "rejected") == "fell",
         )
     ],
     "chosen above zero": [
         (
-            "no response is such as the reference's own, so nothing forbids the chosen to end "
-            "above zero",
-            lambda records: moved(records[-1], "chosen") == "rose",
+            "neither response is such as the reference's own, so the chosen may end above zero",
+            lambda records: moved(records, "chosen") == "rose",
         ),
         (
             "in the paper they stay above it all the while",
-            lambda records: bool((curve(records[1:], "rewards/chosen")[1] > 0).all()),
+            lambda records: _above(records) == len(after_start(records)) > 1,
         ),
     ],
 }
@@ -65,21 +74,24 @@ PREDICTIONS: dict[str, list[Claim]] = {
 def run(config: ConfigDict, workdir: str | Path) -> None:
     """Run what a recipe asks for in `workdir`, going on from whatever is there.
 
-    Without `runs` this is `stages.run`. With them, all configurations are checked before the
-    first run starts, and at the end those that measured trajectories are drawn side by side.
-    Raises `InputError` for every mistake.
+    Without `runs` this is `stages.run`. With them, all configurations, and what they name of
+    each other, are checked before the first run starts (files are read as each run comes up),
+    and at the end those that measured trajectories are drawn side by side. Raises `InputError`
+    for every mistake.
     """
     if not config.runs:
         if config.prediction:
             raise InputError("prediction: is judged among runs, and there are none")
+        if any(map(runs.is_run, Path(workdir).glob("*"))):
+            raise InputError(f"--workdir {workdir}: holds several runs; choose another one")
         stages.run(config, workdir)
         return
     workdir = Path(os.path.abspath(workdir))
     if runs.is_run(workdir):
         raise InputError(f"--workdir {workdir}: holds a single run; choose another one")
     configs = configurations(config, workdir)
-    for number, (name, one) in enumerate(configs.items(), 1):
-        console.print(f"run {number} of {len(configs)}: {workdir / name}")
+    for count, (name, one) in enumerate(configs.items(), 1):
+        console.print(f"run {count} of {len(configs)}: {workdir / name}")
         stages.run(one, workdir / name)
     for line in [*write(workdir, configs), *report.write(workdir)]:
         console.print(line, markup=False)
@@ -113,17 +125,17 @@ def _own(config: ConfigDict, name: str) -> ConfigDict:
     one.unlock()
     one.runs, own = ConfigDict({}), config.runs[name]
     try:
+        if unknown := list(_unknown(own, recipe.blank())):
+            raise InputError(f"no such keys: {', '.join(unknown)}")
         one.update(own)
         if "synthetic" in own:
             one.synthetic = own.synthetic
         if "overrides" in own.get("model", ()):
             one.model.overrides = own.model.overrides
-        if unknown := list(_unknown(one, recipe.blank())):
-            raise InputError(f"no such keys: {', '.join(unknown)}")
         recipe.check(one)
         _check_prediction(one)
-    except (TypeError, ValueError) as error:  # a value of the wrong type, or an InputError
-        raise InputError(f"runs.{name}: {error}") from error
+    except (AttributeError, TypeError, ValueError) as error:  # a wrong type, or an InputError
+        raise InputError(f"runs.{name}: {' '.join(str(error).split())}") from error
     return one.lock()
 
 
@@ -135,34 +147,64 @@ def _check_prediction(one: ConfigDict) -> None:
 
 
 def _unknown(found: ConfigDict, known: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Keys that a recipe does not have; `InputError` for a part of it that holds none."""
     for key, value in found.items():
+        part = isinstance(known.get(key), ConfigDict)
+        if part and not isinstance(value, ConfigDict):
+            raise InputError(f"{prefix}{key}: must hold keys, not {value!r}")
         if key not in known:
             yield prefix + key
-        elif isinstance(value, ConfigDict) and prefix + key not in FREE:
+        elif part and prefix + key not in FREE:
             yield from _unknown(value, known[key], f"{prefix}{key}.")
 
 
 def _needed(name: str, configs: Mapping[str, ConfigDict], workdir: Path) -> list[str]:
-    """The runs whose folders a run's configuration points into, for a model or for data."""
+    """The runs whose folders a run's configuration points into, for a model or for data.
+
+    Raises `InputError` for a path into the work directory that leads to no run.
+    """
     one = configs[name]
-    filled = lambda text: recipe.path_of(text, one, workdir / name)
-    paths = [one.data, one.tokenizer]
-    paths += [one[stage].data[side] for stage in one.stages for side in ("train", "eval")]
-    needed = {_run_of(filled(path), workdir) for path in paths if path} & set(configs) - {name}
-    folder, stage, _ = runs.named(filled(one.model.weights)) or (os.pardir, None, None)
-    if (other := _run_of(folder, workdir)) is not None:
-        if other not in configs or stage not in (*configs[other].stages, "start"):
+    paths = {"data": one.data, "tokenizer": one.tokenizer}
+    for stage in one.stages:
+        paths |= {f"{stage}.data.{side}": one[stage].data[side] for side in ("train", "eval")}
+    needed = set()
+    for key, path in paths.items():
+        path = recipe.path_of(path, one, workdir / name)
+        other = _run_of(path, workdir)
+        # What is no absolute path may be the name of a hub.
+        if other is not None and other not in configs and os.path.isabs(path):
             raise InputError(
-                f"runs.{name}.model.weights: no run {other!r} with a stage {stage!r}; the runs "
-                f"are {', '.join(configs)}"
+                f"runs.{name}.{key}: no run {other!r}; the runs are {', '.join(configs)}"
             )
-        needed.add(other)
-    return sorted(needed)
+        needed |= {other} & set(configs) - {name}
+    return sorted(needed | _begun_from(name, configs, workdir))
+
+
+def _begun_from(name: str, configs: Mapping[str, ConfigDict], workdir: Path) -> set[str]:
+    """The run whose model a run begins from, if that is one of these runs."""
+    model, mistake = configs[name].model, f"runs.{name}.model.weights:"
+    path = recipe.path_of(model.weights, configs[name], workdir / name)
+    if not (found := runs.named(path)):
+        if os.path.isabs(path) and _run_of(path, workdir) is not None:
+            raise InputError(f"{mistake} {model.weights!r} has no stage; name it as OTHER:STAGE")
+        return set()
+    folder, stage, which = found
+    if which not in runs.WHICH:
+        raise InputError(f"{mistake} {which!r} is unknown; {' or '.join(runs.WHICH)}")
+    if model.overrides:
+        raise InputError(f"runs.{name}.model.overrides: have no effect on the model of another run")
+    if (other := _run_of(folder, workdir)) is None:
+        return set()
+    if other not in configs or stage not in (*configs[other].stages, "start"):
+        raise InputError(
+            f"{mistake} no run {other!r} with a stage {stage!r}; the runs are {', '.join(configs)}"
+        )
+    return {other}
 
 
 def _run_of(path: str, workdir: Path) -> str | None:
     """The folder in the work directory that a path leads into; None: it leads elsewhere."""
-    parts = Path(os.path.relpath(os.path.abspath(path), workdir)).parts
+    parts = Path(os.path.relpath(os.path.abspath(path), workdir)).parts if path else ()
     return parts[0] if parts and parts[0] != os.pardir else None
 
 
@@ -210,18 +252,44 @@ def title(name: str) -> str:
 
 
 def captions(found: Mapping[str, Records], predictions: Mapping[str, str]) -> list[str]:
-    """For each run what Section 5.4 predicts, if anything, and whether it was seen."""
+    """For each run its rewards at the end, and what Section 5.4 predicts of it, if anything.
+
+    Beside a reward stands what Eq. 16 gives a response that the reference itself had drawn at
+    those states, and beside a verdict the other runs of which it is true as well.
+    """
     said = []
     for name, records in found.items():
-        last, (_, chosen) = records[-1], curve(records[1:], "rewards/chosen")
-        numbers = ", ".join(f"{who} {measured(last, who)}" for who in (*SIDES, "averages"))
-        numbers = numbers.replace("averages", "their average")
-        text = f"{title(name)}: at step {last['step']}, {numbers}, margin "
-        text += f"{measured(last, 'margins')}; chosen were above zero at {int((chosen > 0).sum())}"
-        text += f" of {len(chosen)} measurements after the first."
-        claims = PREDICTIONS[predictions[name]] if predictions[name] else []
-        if claims:
+        last = records[-1]
+        text = f"{title(name)}: at step {last['step']}, "
+        text += "; ".join(_beside_equation_16(last, who) for who in SIDES)
+        text += f"; their average {measured(last, 'averages')}, margin {measured(last, 'margins')}."
+        text += f" Chosen were above zero at {_above(records)} of {len(after_start(records))} "
+        text += "measurements after step 0."
+        if claims := PREDICTIONS.get(predictions[name]):
+            others = {other: of for other, of in found.items() if other != name}
             text += " Section 5.4: "
-            text += "; ".join(f"{claim}: {seen(holds(records))}" for claim, holds in claims) + "."
+            text += "; ".join(_judged(*claim, records, others) for claim in claims) + "."
         said.append(text)
     return said
+
+
+def _beside_equation_16(record: Record, who: str) -> str:
+    drawn = number(record, f"expected_rewards/{who}")
+    return f"{who} {measured(record, who)} where the reference's own would earn {drawn}"
+
+
+def _judged(
+    claim: str,
+    holds: Callable[[Records], bool],
+    records: Records,
+    others: Mapping[str, Records],
+) -> str:
+    it = holds(records)
+    also = ", ".join(title(name) for name, of in others.items() if holds(of))
+    where = f"{'also' if it else 'but'} of: {also}" if also else "of no other run"
+    return f"{claim}: {seen(it)} ({where})"
+
+
+def _above(records: Records) -> int:
+    """At how many measurements after the first step the chosen are above zero."""
+    return int((curve(after_start(records), "rewards/chosen")[1] > 0).sum())

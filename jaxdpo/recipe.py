@@ -17,11 +17,13 @@ import jax
 import optax
 from ml_collections import ConfigDict, config_dict
 
-from jaxdpo import InputError, losses, pairs, records, sharding
+from jaxdpo import InputError, losses, pairs, records, sharding, synthetic
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.step import Objective, decayed, preference_objective, rmsprop, sft_objective, warmup
 
 STAGES = ("sft", "dpo")
+SIZES = ("sft_train", "sft_test", "pairs_train", "pairs_test")  # of synthetic
+POSTS = ("posts_train", "posts_test")  # the same; 0 where they do not stand
 TINY, HUGE = 1e-12, 1e30  # what must be positive; what has no other upper limit
 # Keys of a stage that train nothing.
 OBSERVING = ("samples", "sample_tokens", "trajectories", "trajectories_every")
@@ -167,6 +169,38 @@ def check(config: ConfigDict) -> None:
         raise InputError(
             "model: give either weights (a folder or hub name) or name (a size, random weights)"
         )
+    if twice := set(config.model) & set(config.model.overrides):
+        raise InputError(f"model.overrides: {', '.join(sorted(twice))} stand in model itself")
+    if config.model.name:
+        random_model(config)
+    if config.synthetic:
+        synthetic_data(config)
+
+
+def random_model(config: ConfigDict) -> PythiaConfig:
+    """The model that a configuration without weights to begin from describes."""
+    model = config.model.to_dict()
+    storage = {key: model[key] for key in model.keys() - {"weights", "name", "overrides"}}
+    try:
+        return PythiaConfig.from_name(model["name"], **model["overrides"], **storage)
+    except (TypeError, ValueError) as error:  # a value of the wrong type, or an InputError
+        raise InputError(f"model: {error}") from error
+
+
+def synthetic_data(config: ConfigDict) -> tuple[synthetic.Task, dict[str, int]]:
+    """The built-in task that a configuration asks for, with the seed and the counts of rows."""
+    knobs = config.synthetic.to_dict()
+    try:
+        sizes = {name: knobs.pop(name) for name in SIZES}
+        sizes |= {name: knobs.pop(name, 0) for name in POSTS}
+        seed = knobs.pop("seed")
+        task = synthetic.Task(**knobs)
+    except KeyError as error:
+        raise InputError(f"synthetic: {error} is missing") from error
+    except TypeError as error:  # a key that is unknown
+        raise InputError(f"synthetic: {error}") from error
+    synthetic.check_sizes(sizes)
+    return task, {"seed": seed} | sizes
 
 
 def begun(folder: Path) -> bool:

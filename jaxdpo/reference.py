@@ -59,7 +59,7 @@ def kept(
         if differ:
             raise InputError(
                 f"{file}: these reference log-probabilities were made from another "
-                f"{', '.join(differ)}; delete the file to compute them again"
+                f"{', '.join(differ)}; choose another --workdir, or delete the stage's folder"
             )
         return np.load(file, mmap_mode="r")
     file.parent.mkdir(parents=True, exist_ok=True)

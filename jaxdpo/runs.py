@@ -6,6 +6,7 @@ Reads the configuration that the run saved; executes nothing. Left out: making a
 
 import dataclasses
 import functools
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class Stored(NamedTuple):
     eos_ids: tuple[int, ...]
     load: Callable[[], Any]
     step: int | None  # of a checkpoint of a run
+    source: str = ""  # what the parameters are, told apart from others that stood there before
 
 
 class Roles(NamedTuple):
@@ -84,11 +86,18 @@ def trained(workdir: str | Path, stage: str, *, mesh: Mesh, which: str = "last")
             f"{workdir}: has no checkpoints of a stage {stage!r}; its stages with checkpoints: "
             f"{', '.join(there) or 'none yet'}"
         )
-    began = initial(config, workdir, mesh)
+    began = _began(config, workdir, mesh)
     if stage == "start":
         return began
     step, load = checkpointed(workdir / stage, began.model, mesh, which)
-    return began._replace(step=step, load=load)
+    return began._replace(step=step, load=load, source=_source(workdir / stage, step))
+
+
+def _source(stage: Path, step: int) -> str:
+    """A checkpoint, and the stage's last measurements, which no other training ends with."""
+    done = stage / "done.json"
+    last = hashlib.sha256(done.read_bytes()).hexdigest()[:12] if done.exists() else "unfinished"
+    return f"{stage.name} step {step} ({last})"
 
 
 def roles(workdir: str | Path) -> Roles:
@@ -116,22 +125,36 @@ def roles(workdir: str | Path) -> Roles:
 def initial(config: ConfigDict, workdir: Path, mesh: Mesh) -> Stored:
     """The model that a configuration begins from: random, of Hugging Face, or another run's.
 
-    Raises `InputError` where there is no such model, or no tokenizer for it.
+    Raises `InputError` where there is no such model, or no tokenizer for it, or the other run's
+    stage is not finished: its parameters are still to change.
     """
+    began, other = _began(config, workdir, mesh), named(_weights(config, workdir))
+    if other and other[1] != "start" and not Path(other[0], other[1], "done.json").exists():
+        raise InputError(
+            f"model.weights: stage {other[1]} of {other[0]} is not finished; finish it"
+        )
+    return began
+
+
+def _weights(config: ConfigDict, workdir: Path) -> str:
+    return recipe.path_of(config.model.weights, config, workdir)
+
+
+def _began(config: ConfigDict, workdir: Path, mesh: Mesh) -> Stored:
     settings = config.model.to_dict()
-    if twice := set(settings) & set(settings["overrides"]):
-        raise InputError(f"model.overrides: {', '.join(sorted(twice))} stand in model itself")
-    weights, name, overrides = (settings.pop(key) for key in ("weights", "name", "overrides"))
-    source = recipe.path_of(weights, config, workdir)
-    if other := named(source):
+    weights, _, overrides = (settings.pop(key) for key in ("weights", "name", "overrides"))
+    path = _weights(config, workdir)
+    if other := named(path):
         found = _of_another_run(other, workdir, overrides, settings, mesh)
         beside, model, load = found.tokenizer, found.model, found.load
+        source = f"{weights}: {found.source}"
     elif weights:
-        model = convert.hf_config(source, **overrides, **settings)
-        load = lambda: convert.load_hf(source, mesh=mesh, **overrides, **settings)[1]
-        beside = convert.local_folder(source)
+        model = convert.hf_config(path, **overrides, **settings)
+        load = lambda: convert.load_hf(path, mesh=mesh, **overrides, **settings)[1]
+        beside, source = convert.local_folder(path), weights
     else:
-        model, beside = PythiaConfig.from_name(name, **overrides, **settings), None
+        model, beside = recipe.random_model(config), None
+        source = f"random weights, seed {config.seed}"
         shapes = param_shapes(model)
         init = functools.partial(pythia.init_params, model)
         init = jax.jit(init, out_shardings=sharding.param_shardings(shapes, mesh))
@@ -140,7 +163,7 @@ def initial(config: ConfigDict, workdir: Path, mesh: Mesh) -> Stored:
     if not (tokenizer := given or beside):
         raise InputError("tokenizer: give a tokenizer.json; random weights come without one")
     eos = eos_id(load_tokenizer(tokenizer), config.eos_token)
-    return Stored(model, tokenizer, (eos,), load, None)
+    return Stored(model, tokenizer, (eos,), load, None, source)
 
 
 def _of_another_run(other, workdir: Path, overrides: dict, settings: dict, mesh: Mesh) -> Stored:

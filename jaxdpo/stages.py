@@ -51,8 +51,6 @@ from jaxdpo.train import Loop, Observer, put_batch, train_loop
 
 # How far rounding alone can move a loss that must be log 2 at the first step.
 NOISE_FLOOR = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
-SYNTHETIC_SIZES = ("seed", "sft_train", "sft_test", "pairs_train", "pairs_test")
-POSTS = ("posts_train", "posts_test")
 
 
 class Run(NamedTuple):
@@ -107,7 +105,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     # All stages are made ready first: a mistake in the last one must not cost the others.
     todo = [name for name in config.stages if not (workdir / name / "done.json").exists()]
     prepared = {name: _prepared(this, name) for name in todo}
-    start = Start(f"{config.model.weights or 'random weights'}", initial.load)
+    start = Start(initial.source, initial.load)
     with jax.set_mesh(mesh):  # the model keeps activations split by rows on it
         for name in config.stages:
             start = _run_stage(this, name, prepared.get(name), start)
@@ -118,13 +116,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 def _write_synthetic(config: ConfigDict, workdir: Path) -> None:
     if recipe.begun(workdir):  # the data is there, and is what this configuration makes
         return
-    knobs = config.synthetic.to_dict()
-    try:
-        sizes = {name: knobs.pop(name) for name in SYNTHETIC_SIZES}
-        sizes |= {name: knobs.pop(name, 0) for name in POSTS}
-        task = synthetic.Task(**knobs)
-    except (KeyError, TypeError) as error:  # a key of a recipe that is missing or unknown
-        raise InputError(f"synthetic: {error}") from error
+    task, sizes = recipe.synthetic_data(config)
     synthetic.write(workdir / "data", task, **sizes)
 
 

@@ -16,7 +16,7 @@ import os
 import random
 import uuid
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -256,19 +256,29 @@ def write(
     `sft_{train,test}.jsonl` have prompt, completion and errors, `pairs_{train,test}.jsonl`
     prompt, chosen, rejected and errors, `posts_{train,test}.jsonl` prompt and completion; the
     counts are their rows, and of 0 rows no file is made. Pairs take the indices after the SFT
-    rows, so that the two stages see different posts. Each file is replaced in one step. Raises
-    `InputError` for a negative count or an unusable folder.
+    rows, so that the two stages see different posts. Each file is replaced in one step, and one
+    of now no rows removed. Raises `InputError` for a negative count, before anything is written,
+    or an unusable folder.
     """
-    for split, counts in (
-        ("train", {"sft": sft_train, "pairs": pairs_train, "posts": posts_train}),
-        ("test", {"sft": sft_test, "pairs": pairs_test, "posts": posts_test}),
-    ):
-        for name, count in counts.items():
-            _check_count(f"{name}_{split}", count, 0)
+    splits = {
+        "train": {"sft": sft_train, "pairs": pairs_train, "posts": posts_train},
+        "test": {"sft": sft_test, "pairs": pairs_test, "posts": posts_test},
+    }
+    check_sizes({f"{n}_{split}": x for split, counts in splits.items() for n, x in counts.items()})
+    for split, counts in splits.items():
         for name, rows in _rows(task, seed, split, **counts).items():
+            file = Path(folder, f"{name}_{split}.jsonl")
             if counts[name]:
-                _replace(Path(folder, f"{name}_{split}.jsonl"), map(json.dumps, rows))
+                _replace(file, map(json.dumps, rows))
+            else:
+                _remove(file)
     _replace(Path(folder, "tokenizer.json"), [tokenizer().to_str(pretty=True)])
+
+
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """Raise `InputError` for a count of rows that is negative or no whole number."""
+    for name, count in sizes.items():
+        _check_count(name, count, 0)
 
 
 def _rows(task: Task, seed: int, split: str, *, sft: int, pairs: int, posts: int) -> dict:
@@ -376,6 +386,13 @@ def _texts() -> Iterable[str]:
             for text in (template, template[0].upper() + template[1:]):
                 yield " " + text.format(kind.values[0], who=_OTHERS[0])
         yield from (" " + value for value in kind.values)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be removed ({error.strerror or error})") from error
 
 
 def _replace(path: Path, lines: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """Several runs from one recipe: each with its own keys, once, in an order that works."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from jaxdpo.records import write_log
 
 WORKDIR = Path("/runs/several")
 BASE = {"stages": ("sft",)}
+SYNTHETIC = dict(seed=0, sft_train=8, sft_test=8, pairs_train=8, pairs_test=8)
 
 
 def several(runs, **changes):
@@ -25,18 +27,27 @@ def several(runs, **changes):
 
 
 def after(other, stage="sft"):
-    return {"stages": ("dpo",), "model": {"weights": f"{{workdir}}/../{other}:{stage}", "name": ""}}
+    model = {"weights": f"{{workdir}}/../{other}:{stage}", "name": "", "overrides": {}}
+    return {"stages": ("dpo",), "model": model}
+
+
+def shaped(changes):
+    """A run that begins from the weights of another, with more said of the model."""
+    return {"b": BASE, "a": after("b") | {"model": after("b")["model"] | changes}}
 
 
 def test_a_run_is_the_recipe_with_its_own_keys():
-    runs = {"b": {"dpo": {"beta": 0.5, "data": {"limit": 7}}}, "a": {"synthetic": {"seed": 3}}}
+    runs = {
+        "b": {"dpo": {"beta": 0.5, "data": {"limit": 7}}},
+        "a": {"synthetic": SYNTHETIC | {"seed": 3}},
+    }
     runs["c"] = {"model": {"overrides": {}}}
     config = several(runs)
     found = experiment.configurations(config, WORKDIR)
     assert list(found) == ["a", "b", "c"]
     assert (found["b"].dpo.beta, found["b"].dpo.data.limit) == (0.5, 7)
     assert found["b"].dpo.data.train == config.dpo.data.train  # what stands beside it stays
-    assert found["a"].synthetic.to_dict() == {"seed": 3}  # what is free is replaced
+    assert found["a"].synthetic.to_dict() == SYNTHETIC | {"seed": 3}  # what is free is replaced
     assert found["c"].model.overrides.to_dict() == {} and not found["a"].runs
     config.dpo.beta = 0.1
     assert found["b"].dpo.beta == 0.5 and config.dpo.data.limit is None  # nothing is shared
@@ -60,6 +71,45 @@ MISTAKES = {
     "no mapping": ({"a": 5}, "runs.a: must hold the keys"),
     "name": ({"a b": BASE}, "'a b' is no name for a folder"),
     "circle": ({"a": after("b", "dpo"), "b": after("a", "dpo")}, "a -> b -> a|b -> a -> b"),
+    "a part that is no mapping": ({"a": {"model": 5}}, "runs.a: model: must hold keys, not 5"),
+    "a stage that is none": ({"a": {"dpo": 5}}, "runs.a: dpo: must hold keys, not 5"),
+    "free that is none": ({"a": {"synthetic": 5}}, "runs.a: synthetic: must hold keys, not 5"),
+    "overrides that are none": (
+        {"a": {"model": {"overrides": 5}}},
+        "runs.a: model.overrides: must hold keys, not 5",
+    ),
+    "a mapping that should be none": ({"a": {"seed": {"x": 1}}}, "runs.a: .*'seed'"),
+    "knob": ({"b": BASE, "c": {"synthetic": SYNTHETIC | {"sead": 3}}}, "runs.c: synthetic: .*sead"),
+    "no size": ({"b": BASE, "c": {"synthetic": {"seed": 3}}}, "runs.c: synthetic: 'sft_train' is"),
+    "size": (
+        {"b": BASE, "c": {"synthetic": SYNTHETIC | {"pairs_test": -1}}},
+        "runs.c: pairs_test: -1",
+    ),
+    "field": ({"b": BASE, "c": {"model": {"overrides": {"widht": 3}}}}, "runs.c: model: widht: no"),
+    "type of a field": (
+        {"a": {"model": {"overrides": {"width": "wide"}}}},
+        "runs.a: .*'width'",
+    ),
+    "overrides of another run's": (
+        shaped({"overrides": {"width": 8}}),
+        "runs.a.model.overrides: have no effect on the model of another run",
+    ),
+    "checkpoint": (
+        {"b": BASE, "a": after("b", "sft:foo")},
+        "runs.a.model.weights: 'foo' is unknown; last or best",
+    ),
+    "no stage": (
+        shaped({"weights": "{workdir}/../b"}),
+        "runs.a.model.weights: .* has no stage; name it as OTHER:STAGE",
+    ),
+    "no such data": (
+        {"b": BASE, "a": {"data": "{workdir}/../typo/data"}},
+        "runs.a.data: no run 'typo'; the runs are a, b",
+    ),
+    "no such file": (
+        {"a": {"dpo": {"data": {"eval": "{workdir}/../typo/pairs.jsonl"}}}},
+        "runs.a.dpo.data.eval: no run 'typo'",
+    ),
     "no such run": ({"a": after("b")}, "runs.a.model.weights: no run 'b' with a stage 'sft'"),
     "no such stage": ({"a": BASE, "b": after("a", "dpo")}, "no run 'a' with a stage 'dpo'"),
     "runs of runs": ({"a": {"runs": {"b": {}}}}, "runs.a: no such keys: runs.b"),
@@ -92,6 +142,16 @@ def test_a_folder_of_a_single_run_is_not_filled_with_others(tmp_path):
         (tmp_path / name).write_text("{}")
     with pytest.raises(InputError, match="holds a single run"):
         experiment.run(several({"a": BASE}), tmp_path)
+    with pytest.raises(InputError, match="holds several runs; choose another one"):
+        experiment.run(quickstart(), tmp_path.parent)
+
+
+def test_names_of_hubs_are_no_paths_from_where_one_stands(tmp_path, monkeypatch):
+    (tmp_path / "a/b").mkdir(parents=True)
+    for where in ("a/b", "a", "."):
+        monkeypatch.chdir(tmp_path / where)
+        runs = {"a": {"dpo": {"data": {"train": "owner/name", "split": "x"}}}, "b": {}}
+        assert list(experiment.configurations(several(runs), tmp_path)) == ["a", "b"]
 
 
 def test_runs_side_by_side_and_what_was_predicted_of_them(tmp_path):
@@ -99,13 +159,18 @@ def test_runs_side_by_side_and_what_was_predicted_of_them(tmp_path):
     for name, changes in records.items():
         (tmp_path / name / "dpo").mkdir(parents=True)
         log = tmp_path / name / "dpo" / trajectories.FILE
-        write_log(log, [told(step=0), told(**changes)])
+        changes = changes | dict(expected_rewards__chosen=-0.05)
+        write_log(log, [told(step=0), told(**changes | {"step": 4}), told(**changes)])
     runs = {name: {"prediction": "chosen above zero"} for name in records} | {"base": BASE}
     configs = experiment.configurations(several(runs, dpo__trajectories=8), tmp_path)
     *said, figure = experiment.write(tmp_path, configs)
     assert [("NOT seen" in text, "seen" in text) for text in said] == [(True, True), (False, True)]
-    assert said[1].startswith("without sft: at step 5, chosen +0.200 ± 0.000, rejected -0.400")
-    assert "above zero at 1 of 1 measurements" in said[1]
+    assert said[1].startswith(
+        "without sft: at step 5, chosen +0.200 ± 0.000 where the reference's own would earn "
+        "-0.050; rejected -0.400 ± 0.000 where"
+    )
+    assert "above zero at 2 of 2 measurements" in said[1]
+    assert "NOT seen (but of: without sft)" in said[0] and "seen (of no other run)" in said[1]
     assert (tmp_path / "comparison.md").read_text() == "".join(f"- {text}\n" for text in said)
     assert figure == f"figure: {tmp_path / 'comparison.png'}"
     panels = experiment.draw({name: trajectories.read(tmp_path / name / "dpo") for name in records})
@@ -134,8 +199,21 @@ def test_a_prediction_holds_where_the_number_is_beyond_its_error(prediction, hol
 def test_to_end_above_zero_is_not_to_stay_there():
     ends, stays = (judged for _, judged in experiment.PREDICTIONS["chosen above zero"])
     below, above = told(rewards__chosen=-0.1), told(rewards__chosen=0.1)
-    assert ends([told(step=0), below, above]) and not stays([told(step=0), below, above])
+    crossed = [told(step=0), below, above, above, above]
+    assert ends(crossed) and not stays(crossed)
     assert stays([told(step=0), above, above])
+    lost = told(rewards__chosen=None)
+    for few in ([lost, lost], [above, lost, above], [above], []):
+        assert not stays([told(step=0), *few])
+
+
+def test_a_verdict_names_the_other_runs_that_it_holds_of():
+    """Where the chosen fall with or without SFT, that they do is no sign of it."""
+    found = {name: [told(step=0), told(**FALLING)] for name in ("after_sft", "control")}
+    found["other"] = [told(step=0), told(rewards__chosen=0.1)]
+    said = experiment.captions(found, {"after_sft": "chosen falls", "control": "", "other": ""})
+    assert said[0].endswith("should fall: seen (also of: control).")
+    assert not any("5.4" in text for text in said[1:])
 
 
 @pytest.mark.slow
@@ -150,7 +228,7 @@ def test_each_run_is_run_once_and_begins_where_the_other_ended(tmp_path, monkeyp
     experiment.run(config, tmp_path)
     assert started == ["base", "after"]
     manifest = json.loads((tmp_path / "after/dpo/reference/train.json").read_text())
-    assert manifest["weights"].endswith("../base:sft")
+    assert manifest["weights"].startswith("{workdir}/../base:sft: sft step 6 (")
     [*_, evaluated] = read_metrics(tmp_path / "after/dpo")
     [first, last] = trajectories.read(tmp_path / "after/dpo")
     assert (first["step"], last["step"]) == (0, evaluated["step"])
@@ -162,3 +240,12 @@ def test_each_run_is_run_once_and_begins_where_the_other_ended(tmp_path, monkeyp
     stamps = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/*/*.jsonl")}
     experiment.run(config, tmp_path)
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
+    # With the base trained again, what the policy began from and is measured against is gone.
+    (tmp_path / "after/dpo/done.json").unlink()
+    shutil.rmtree(tmp_path / "base/sft")
+    with pytest.raises(InputError, match="no checkpoints of a stage 'sft'"):
+        stages.run(experiment.configurations(config, tmp_path)["after"], tmp_path / "after")
+    more = dict(dpo__trajectories=12, dpo__sample_tokens=6, sft__learning_rate=1e-4)
+    again = several(runs, **epochs, **more)
+    with pytest.raises(InputError, match="made from another weights"):
+        experiment.run(again, tmp_path)

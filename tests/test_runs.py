@@ -85,12 +85,39 @@ def continuing(workdir, **model):
     return config
 
 
+@pytest.fixture
+def done(workdir):
+    """The file that says that the other run's stage is finished."""
+    file = workdir / "dpo/done.json"
+    file.write_text('{"eval/loss": 0.6}')
+    yield file
+    file.unlink()
+
+
+@pytest.mark.usefixtures("done")
 def test_a_run_may_begin_from_another_one(workdir, tmp_path):
     mesh = sharding.make_mesh()
     began = runs.initial(continuing(workdir, remat="full"), tmp_path, mesh)
     assert began.model == dataclasses.replace(MODEL, remat="full")
     assert began.tokenizer == workdir / "tokenizer.json"
     chex.assert_trees_all_equal(jax.device_get(began.load()), jax.device_get(spoken(5)))
+
+
+def test_what_a_run_begins_from_is_told_apart_from_what_stood_there_before(workdir, tmp_path, done):
+    config, mesh = continuing(workdir), sharding.make_mesh()
+    before = runs.initial(config, tmp_path, mesh).source
+    assert before.startswith(f"{workdir}:dpo:best: dpo step 5 (")
+    assert runs.initial(config, tmp_path, mesh).source == before
+    done.write_text('{"eval/loss": 0.61}')  # trained again
+    assert runs.initial(config, tmp_path, mesh).source != before
+    config.model.weights = f"{workdir}:start"
+    source = runs.initial(config, tmp_path, mesh).source
+    assert source == f"{workdir}:start: random weights, seed 0"
+
+
+def test_a_run_begins_from_no_stage_that_is_not_finished(workdir, tmp_path):
+    with pytest.raises(InputError, match=f"stage dpo of {workdir} is not finished"):
+        runs.initial(continuing(workdir), tmp_path, sharding.make_mesh())
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,15 @@ def test_a_folder_that_is_a_file_and_a_negative_count_are_named(tmp_path):
     with pytest.raises(InputError, match="sft_train.jsonl: cannot be written"):
         write(tmp_path / "file", Task(), seed=3, **SIZES)
     with pytest.raises(InputError, match="pairs_test: -1"):
-        write(tmp_path, Task(), seed=3, **SIZES | {"pairs_test": -1})
+        write(tmp_path / "new", Task(), seed=3, **SIZES | {"pairs_test": -1})
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_of_now_no_rows_is_removed(tmp_path):
+    write(tmp_path, Task(), seed=3, **SIZES, posts_test=2)
+    write(tmp_path, Task(), seed=3, **SIZES | {"sft_train": 0})
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {f"{name}.jsonl" for name in SIZES if name != "sft_train"} | {"tokenizer.json"}
 
 
 @pytest.mark.parametrize("task", [Task(), HARD], ids=["default", "hard"])

@@ -1,5 +1,6 @@
 """What is measured while a policy leaves its reference equals what slow arithmetic says."""
 
+import dataclasses
 import json
 import math
 
@@ -52,8 +53,18 @@ def measured(store, mesh):
 
 
 @pytest.fixture(scope="module")
-def record(measured, models):
-    return measured.record(10, *models)
+def heard(measured, models):
+    """A record, and the samples that were drawn for it."""
+    drawn, sample = [], trajectories.decoding.sample
+    with pytest.MonkeyPatch.context() as patch:
+        keep = lambda *x, **more: drawn.extend(found := sample(*x, **more)) or found
+        patch.setattr(trajectories.decoding, "sample", keep)
+        return measured.record(10, *models), [one for [one] in drawn]
+
+
+@pytest.fixture(scope="module")
+def record(heard):
+    return heard[0]
 
 
 def log_softmax(logits):
@@ -77,34 +88,59 @@ def hidden_states(params, tokens):
     return pythia.hidden_states(TINY, params, tokens, places, of_all, 0 * of_all)
 
 
+def scored(models, prompt, response):
+    """The implicit rewards of a response, whole and in parts, and what else is known of it."""
+    ours, theirs = (plain(params, prompt, response) for params in models)
+    taken = np.arange(len(response)), response
+    rewards = BETA * (ours[taken] - theirs[taken])
+    end = len(response) - (response[-1] == 0)
+    parts = rewards[: min(3, end)], rewards[min(3, end) : end], rewards[end:]
+    return rewards, *parts, ours[taken], (np.exp(theirs) * (ours - theirs)).sum(-1)
+
+
+def of_rewards(who, rows):
+    """What a record says of the rewards of `scored` responses."""
+    sums = np.array([[x.sum() for x in row[:4]] for row in rows])
+    names = ("", "/first", "/middle", "/end")
+    found = {f"rewards/{who}{n}": x for n, x in zip(names, sums.mean(0), strict=True)}
+    found[f"lengths/{who}"] = np.mean([len(row[0]) for row in rows])
+    return found | {f"errors/{who}": standard_error(sums[:, 0])}
+
+
+def standard_error(values):
+    return values.std(ddof=1) / math.sqrt(len(values))
+
+
 def test_every_number_is_what_slow_arithmetic_gives(store, models, record):
-    expected, per_token = {}, []
+    expected, per_token, rewards = {}, [], []
     for side, who in enumerate(SIDES):
-        rows = []
-        for index in range(len(store)):
-            prompt, response = store[index][0], store[index][1 + side]
-            ours, theirs = (plain(params, prompt, response) for params in models)
-            taken = np.arange(len(response)), response
-            rewards = BETA * (ours[taken] - theirs[taken])
-            log_ratios = (np.exp(theirs) * (ours - theirs)).sum(-1)
-            end = len(response) - (response[-1] == 0)
-            parts = rewards[: min(3, end)], rewards[min(3, end) : end], rewards[end:]
-            rows.append((rewards, *parts, ours[taken], log_ratios))
+        rows = [scored(models, one[0], one[1 + side]) for one in map(store.__getitem__, range(5))]
         sums = np.array([[x.sum() for x in row] for row in rows])
-        names = ("", "/first", "/middle", "/end")
-        expected |= {f"rewards/{who}{n}": x for n, x in zip(names, sums.mean(0), strict=False)}
-        expected[f"errors/{who}"] = sums[:, 0].std(ddof=1) / math.sqrt(len(store))
+        expected |= of_rewards(who, rows)
+        rewards.append(sums[:, 0])
         expected[f"logps/{who}"] = sums[:, 4].mean()
         expected[f"expected_rewards/{who}"] = BETA * sums[:, 5].mean()
         expected[f"expected/{who}"] = np.concatenate([row[5] for row in rows]).mean()
         expected[f"kl/{who}"] = -expected[f"expected/{who}"]
-        expected[f"lengths/{who}"] = np.mean([len(row[0]) for row in rows])
         per_token.append(np.mean([row[0].mean() for row in rows]))
     expected["rewards/margins_per_token"] = per_token[0] - per_token[1]
-    expected["rewards/margins"] = expected["rewards/chosen"] - expected["rewards/rejected"]
+    pairs = {"margins": rewards[0] - rewards[1], "averages": (rewards[0] + rewards[1]) / 2}
+    for name, of in pairs.items():
+        expected[f"rewards/{name}"] = of.mean()
+        expected[f"errors/{name}"] = standard_error(of)
     found = {name: record[name] for name in expected}
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)  # float32 against float64
     assert abs(record["rewards/chosen"]) > 0.1 < record["kl/chosen"]  # there is something to see
+
+
+def test_samples_earn_what_slow_arithmetic_gives(store, models, heard):
+    record, samples = heard
+    ids = [np.asarray(sample.tokens) for sample in samples]
+    rows = [scored(models, store[index].prompt, one) for index, one in enumerate(ids)]
+    expected = of_rewards("samples", rows) | {"ended/samples": np.mean([x[-1] == 0 for x in ids])}
+    found = {name: record[name] for name in expected}
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)  # float32 against float64
+    assert 0 < record["ended/samples"] < 1 and abs(record["rewards/samples"]) > 0.1
 
 
 def test_parts_add_up_to_the_whole(record):
@@ -158,6 +194,9 @@ def test_samples_depend_on_seed_and_step_alone(measured, models, record):
     of_pairs = [name for name in record if name != "step" and "samples" not in name]
     assert {name: other[name] for name in of_pairs} == {name: record[name] for name in of_pairs}
     assert 0 <= record["ended/samples"] <= 1 <= record["lengths/samples"] <= 6
+    reseeded = dataclasses.replace(measured, seed=1).record(10, *models)
+    assert reseeded["rewards/samples"] != record["rewards/samples"]
+    assert {name: reseeded[name] for name in of_pairs} == {name: record[name] for name in of_pairs}
 
 
 def test_a_record_can_be_written_whatever_the_weights(measured, models):
@@ -195,18 +234,58 @@ FALLING = dict(rewards__chosen=-0.1, rewards__rejected=-0.4, rewards__margins=0.
 @pytest.mark.parametrize(
     "changes, verdicts",
     [
-        (FALLING | dict(expected__chosen=-1e-3), ["seen", "seen", "seen"]),
-        (FALLING | dict(errors__chosen=0.06), ["seen", "NOT seen", "seen"]),
-        (FALLING | dict(rewards__chosen=0.1), ["seen", "NOT seen", "seen"]),
-        (FALLING | dict(residual=2e-5), ["NOT seen", "seen", "seen"]),
-        (FALLING | dict(expected__rejected=1e-4), ["NOT seen", "seen", "seen"]),
-        (FALLING | dict(rewards__samples=-0.1), ["seen", "seen", "NOT seen"]),
+        (dict(expected__chosen=-1e-3), ["seen", "seen"]),
+        (dict(residual=2e-5), ["NOT seen", "seen"]),
+        (dict(residual=None), ["NOT seen", "seen"]),
+        (dict(expected__rejected=1e-4), ["NOT seen", "seen"]),
+        (dict(expected__rejected=None), ["NOT seen", "seen"]),
+        (dict(rewards__samples=-0.1), ["seen", "NOT seen"]),
+        (dict(rewards__samples=-0.1, errors__samples=0.06), ["seen", "seen"]),
+        (dict(rewards__samples=None), ["seen", "NOT seen"]),
+        (dict(errors__samples=None), ["seen", "NOT seen"]),
     ],
 )
 def test_what_was_seen_is_read_off_the_numbers(changes, verdicts):
-    said = captions([told(step=0), told(**changes)])
+    said = captions([told(step=0, expected__chosen=1e-6), told(**changes)])
     found = [("NOT seen" if "NOT seen" in text else "seen") for text in said if "seen" in text]
     assert found == verdicts
+
+
+@pytest.mark.parametrize("earlier", [[], [0.1], [-0.1, -0.2]])
+def test_one_measurement_that_is_not_finite_spoils_the_verdict(earlier):
+    records = [told(step=0), *[told(step=3)] * len(earlier), told(step=4, residual=None), told()]
+    assert "inf nats at any state" in captions(records)[1] and "NOT seen" in captions(records)[1]
+
+
+def test_section_5_4_is_told_and_not_judged():
+    [said] = [text for text in captions([told(step=0), told(**FALLING)]) if "5.4" in text]
+    assert "chosen fell (-0.100 ± 0.000), rejected fell" in said and "margin rose" in said
+    assert "seen" not in said
+
+
+def moves(*values, error=0.01):
+    records = [told(step=step, rewards__chosen=x) for step, x in enumerate(values)]
+    records[-1]["errors/chosen"] = error
+    return trajectories.moved(records, "chosen")
+
+
+def test_what_moved_is_beyond_its_error_and_lasts():
+    assert moves(0.0, 0.1) == "rose" and moves(0.0, -0.1) == "fell"
+    assert moves(0.0, 0.1, error=0.06) == moves(0.0, 0.1, error=None) == "stayed"
+    assert moves(0.0, -0.1, 0.1, 0.1, 0.1) == "rose"
+    assert moves(0.0, 0.1, -0.1, 0.1, 0.1) == moves(0.0, -0.1, 0.1) == "stayed"
+    assert moves(0.0, 0.1, None, 0.1) == moves(0.0, 0.1, None) == moves(0.1) == "stayed"
+
+
+def test_the_extent_of_the_measurements_is_told():
+    assert captions([told(step=0)])[1:] == [
+        "Every implicit reward is zero there: nothing has moved yet."
+    ]
+    records = [told(step=100, pairs=64, rewards__chosen=0.2), told(step=200, pairs=8)]
+    said = captions(records)
+    assert said[0].startswith("Measured on 8 to 64 held-out pairs at 2 steps, 100 to 200")
+    assert "standard errors over the pairs, of one training run" in said[0]
+    assert "From step 100 to 200 the log-likelihood" in said[4]
 
 
 def test_a_figure_has_what_was_measured():

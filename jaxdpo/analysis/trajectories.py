@@ -36,6 +36,7 @@ PARTS = ("first", "middle", "end")
 ROWS = 8  # pairs whose whole distributions exist at a time
 ROUNDING = 1e-5  # nats: what the two sides of Eq. 16 may differ by in float32
 SIGMAS = 2.0  # standard errors: a mean nearer to zero is not told apart from it
+LASTING = 3  # measurements that must agree on the sign of what rose or fell
 COLOURS = {"chosen": "#1f77b4", "rejected": "#d1495b", "samples": "#2a9d5c"}
 STYLES = {"first": ":", "middle": "-", "end": "--"}
 TITLES = (
@@ -299,41 +300,57 @@ def _draw(ax: Axes, records, name: str, who: str, label: str, style: str = "-") 
 
 
 def captions(records: Sequence[Record]) -> list[str]:
-    """What the measurements say of Eq. 16 and Section 5.4, as sentences with their numbers."""
+    """What the measurements say of Eq. 16 and Section 5.4, as sentences with their numbers.
+
+    Of Section 5.4 without a verdict: the records do not know what the reference was trained on.
+    """
     _check(records)
-    first, last = records[0], records[-1]
+    last, since = records[-1], after_start(records)
+    if not since:
+        return [_extent(records), "Every implicit reward is zero there: nothing has moved yet."]
     return [
-        f"Measured on {last['pairs']} held-out pairs at {len(records)} steps, {first['step']} to "
-        f"{last['step']}, with beta {last['beta']:g}. Bands and ± are {SIGMAS:g} standard errors "
-        "over the pairs.",
-        _equation_16(records),
-        f"Section 5.4: of a reference fine-tuned on such responses as the chosen ones, their "
-        f"reward falls while the margin grows. At the end the reward of chosen "
-        f"{moved(last, 'chosen')} ({measured(last, 'chosen')}), that of rejected "
-        f"{moved(last, 'rejected')} ({measured(last, 'rejected')}), the margin "
-        f"{moved(last, 'margins')} ({measured(last, 'margins')}): {seen(_as_in_5_4(last))}.",
+        _extent(records),
+        _equation_16(since),
+        "Section 5.4: of a reference fine-tuned on responses such as the chosen ones, the rewards "
+        "of chosen and rejected both fall while the margin grows. At the end chosen "
+        f"{moved(records, 'chosen')} ({measured(last, 'chosen')}), rejected "
+        f"{moved(records, 'rejected')} ({measured(last, 'rejected')}), and the margin "
+        f"{moved(records, 'margins')} ({measured(last, 'margins')}).",
         f"At the states of the chosen responses, one of the reference's own would earn "
         f"{number(last, 'expected_rewards/chosen')}. Of what chosen earn, "
         f"{_where(last, 'chosen')}; of what rejected earn, {_where(last, 'rejected')}.",
-        f"Log-likelihood went from {number(first, 'logps/chosen')} to "
-        f"{number(last, 'logps/chosen')} nats for chosen, from {number(first, 'logps/rejected')} "
-        f"to {number(last, 'logps/rejected')} for rejected.",
+        _log_likelihoods(records),
         _own_samples(last),
     ]
 
 
-def moved(record: Record, who: str) -> str:
-    """Whether a reward is above or below zero by more than its error: rose, fell, stayed.
+def after_start(records: Sequence[Record]) -> list[Record]:
+    """The measurements of a policy that has been trained: at step 0 every reward is zero.
 
-    At the first step every reward is zero.
+    >>> after_start([{"step": 0}, {"step": 25}])
+    [{'step': 25}]
+    """
+    return [record for record in records if record["step"] > 0]
 
-    >>> moved({"rewards/chosen": -0.3, "errors/chosen": 0.1}, "chosen")
+
+def moved(records: Sequence[Record], who: str) -> str:
+    """Where a reward is at the end: rose, fell, or stayed, from zero at the first step.
+
+    Beyond its error, and of the same sign at the last three measurements after the first step.
+
+    >>> records = [{"step": n, "rewards/chosen": -0.3, "errors/chosen": 0.1} for n in (1, 2)]
+    >>> moved(records, "chosen")
+    'fell'
+    >>> moved([{"step": 0, "rewards/chosen": 0.4, "errors/chosen": 0.1}, *records], "chosen")
     'fell'
     """
-    value, error = record[f"rewards/{who}"], record[f"errors/{who}"]
-    if value is None or error is None or abs(value) <= SIGMAS * error:
+    values = [record[f"rewards/{who}"] for record in after_start(records)][-LASTING:]
+    error = records[-1][f"errors/{who}"]
+    if not values or None in (*values, error) or abs(values[-1]) <= SIGMAS * error:
         return "stayed"
-    return "rose" if value > 0 else "fell"
+    if min(values) <= 0 <= max(values):
+        return "stayed"
+    return "rose" if values[-1] > 0 else "fell"
 
 
 def measured(record: Record, who: str) -> str:
@@ -369,13 +386,19 @@ def _check(records: Sequence[Record]) -> None:
         raise InputError("trajectories: none were measured; set dpo.trajectories")
 
 
-def _as_in_5_4(record: Record) -> bool:
-    fell = all(moved(record, who) == "fell" for who in SIDES)
-    return fell and moved(record, "margins") == "rose"
+def _extent(records: Sequence[Record]) -> str:
+    first, last, pairs = records[0], records[-1], sorted({r["pairs"] for r in records})
+    return (
+        f"Measured on {' to '.join(map(str, dict.fromkeys((pairs[0], pairs[-1]))))} held-out pairs "
+        f"at {len(records)} steps, {first['step']} to {last['step']}, with beta {last['beta']:g}. "
+        f"Bands and ± are {SIGMAS:g} standard errors over the pairs, of one training run; what "
+        f"rose or fell is beyond them at the last step, and has the same sign at the last {LASTING}"
+        " measurements."
+    )
 
 
 def _equation_16(records: Sequence[Record]) -> str:
-    of_all = lambda name: max((float(x) for x in curve(records, name)[1]), default=math.inf)
+    of_all = lambda name: max(math.inf if r[name] is None else r[name] for r in records)
     largest, residual = max(of_all(f"expected/{who}") for who in SIDES), of_all("residual")
     return (
         "Eq. 16: under the reference, the expected log-ratio of the next token is minus "
@@ -385,13 +408,23 @@ def _equation_16(records: Sequence[Record]) -> str:
     )
 
 
+def _log_likelihoods(records: Sequence[Record]) -> str:
+    ends = records[0], records[-1]
+    of = lambda who: " to ".join(number(record, f"logps/{who}") for record in ends)
+    return (
+        f"From step {ends[0]['step']} to {ends[1]['step']} the log-likelihood went from "
+        f"{of('chosen')} nats for chosen, from {of('rejected')} for rejected."
+    )
+
+
 def _where(record: Record, who: str) -> str:
     first, middle, end = (number(record, f"rewards/{who}/{part}") for part in PARTS)
     return f"{first} is in the first three tokens, {middle} in the middle, {end} in the end token"
 
 
 def _own_samples(record: Record) -> str:
-    never_below = moved(record, "samples") != "fell"
+    value, error = record["rewards/samples"], record["errors/samples"]
+    never_below = None not in (value, error) and value >= -SIGMAS * error
     lengths = [number(record, f"lengths/{who}").lstrip("+") for who in ("samples", "chosen")]
     return (
         f"The policy's own samples earn {measured(record, 'samples')}; in expectation that is "
