@@ -3,7 +3,7 @@
 Source:    2404.12358, Section 5.4 and Figure 3, on the task of jaxdpo/synthetic.py
 Command:   python launch/train.py --config configs/figure3.py --workdir runs/figure3
 Hardware:  two CPU cores, 2 GiB
-Time:      about 11 min (16 min of CPU): the base 3 min, each of the five others 1 to 2
+Time:      8 min: the base 2, each of the five others 1 to 1.5
 Expect:    after 250 steps of DPO, +- 2 standard errors over 192 held-out pairs:
                reference from       chosen            rejected
                SFT on chosen        -0.011 +- 0.009   -0.723 +- 0.044
