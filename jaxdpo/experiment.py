@@ -225,6 +225,7 @@ def draw(found: Mapping[str, Records]) -> Figure:
     columns = min(3, len(found) + 1)
     rows = math.ceil((len(found) + 1) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)  # inches: a title is not the axis above's
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     own, margins, unused = panels[: len(found)], panels[len(found)], panels[len(found) + 1 :]
     for ax, (name, records) in zip(own, found.items(), strict=True):

@@ -90,6 +90,7 @@ def draw(record: Record) -> Figure:
     """AUROC by score, by error, and where they were varied by beta and pairs; rewards as bars."""
     swept = [key for key in ("beta", "pairs") if len(_line(record, key)) > 1]
     figure = Figure(figsize=(11, 4.2 * (2 + bool(swept))), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)  # inches: a title is not the axis above's
     axes = figure.subplots(2 + bool(swept), 2)
     _draw_scores(axes[0, 0], record)
     _draw_rewards(axes[0, 1], record["histogram"])

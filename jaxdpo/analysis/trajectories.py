@@ -266,6 +266,7 @@ def draw(records: Sequence[Record]) -> Figure:
     """Six panels over steps; the caller saves the figure. `InputError` without records."""
     _check(records)
     figure = Figure(figsize=(12, 11), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)  # inches: a title is not the axis above's
     axes = figure.subplots(3, 2)
     draw_rewards(axes[0, 0], records)
     for who in SIDES:
