@@ -28,6 +28,7 @@ Data flows through the modules in this order:
     records      JSON on disk that a kill cannot spoil: whole files, logs of lines
     metrics      metrics.jsonl, TensorBoard, progress
     samples      what the model says while it trains
+    drift        how far a policy has left its reference, measured while it trains
     runs         what a run's folder holds: a stage's model, and its export
     language_models  a model by its name: a folder, a hub name, a stage of a run
     prompts      where prompts come from: typed, a file, a data set

@@ -8,6 +8,8 @@ caller takes the mean over pairs. No model, no reduction, no logging.
 import jax
 from jaxtyping import Array, Float, ScalarLike
 
+from jaxdpo import qfunction
+
 
 @jax.jit
 def sft_loss(logps: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -42,7 +44,7 @@ def implicit_rewards(
     >>> f"{rewards[0]:.3f}"
     '0.050'
     """
-    return beta * (policy_logps - reference_logps)
+    return qfunction.token_rewards(policy_logps, reference_logps, beta=beta)
 
 
 @jax.jit

@@ -73,7 +73,7 @@ def blank() -> ConfigDict:
     config.dpo.loss = "dpo"  # or "ipo"
     config.dpo.beta = 0.1
     config.dpo.label_smoothing = 0.0
-    # Of so many held-out pairs, follow the implicit rewards (analysis.trajectories); 0: of none.
+    # Of so many held-out pairs, follow the implicit rewards (see drift); 0: of none.
     config.dpo.trajectories = 0
     config.dpo.trajectories_every = 0  # steps; 0: at the start and the end only
     # Several runs (see experiment): a name, of the run and its folder -> its own keys.

@@ -23,10 +23,10 @@ from tokenizers import Tokenizer
 
 from jaxdpo import InputError, pairs, recipe, reference, runs, sharding, synthetic
 from jaxdpo.analysis import report, trajectories
-from jaxdpo.analysis.trajectories import Trajectories, first_pairs
 from jaxdpo.batching import Batches
 from jaxdpo.checkpoint import Checkpoints, abstract
 from jaxdpo.decoding import Constraints
+from jaxdpo.drift import Drift, first_pairs
 from jaxdpo.metrics import ProgressLine, console, read_metrics
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import write_json
@@ -75,7 +75,7 @@ class Stage(NamedTuple):
     objective: Objective
     expected_first_loss: float | None
     samples: Hearing | None
-    trajectories: Trajectories | None
+    drift: Drift | None
 
 
 class Start(NamedTuple):
@@ -148,7 +148,7 @@ def _prepared(this: Run, name: str) -> Stage:
         objective=objective,
         expected_first_loss=expected,
         samples=_samples(this, name, batches["eval"].store),
-        trajectories=_trajectories(this, name, batches["eval"].store),
+        drift=_drift(this, name, batches["eval"].store),
     )
 
 
@@ -161,7 +161,7 @@ def _samples(this: Run, name: str, store: TokenStore) -> Hearing | None:
     return Hearing(name, this.model, this.mesh, this.tokenizer, prompts, ending)
 
 
-def _trajectories(this: Run, name: str, store: TokenStore) -> Trajectories | None:
+def _drift(this: Run, name: str, store: TokenStore) -> Drift | None:
     settings = this.config[name]
     if not settings.get("trajectories"):
         return None
@@ -170,7 +170,7 @@ def _trajectories(this: Run, name: str, store: TokenStore) -> Trajectories | Non
     except InputError as error:
         raise InputError(f"{name}.trajectories: {error}") from error
     check_room(f"{name}.sample_tokens", settings.sample_tokens, measured, this.model)
-    return Trajectories(
+    return Drift(
         this.model,
         this.mesh,
         measured,
@@ -235,10 +235,10 @@ def _observers(stage: Stage, start: Start) -> list[Observer]:
     if stage.samples is not None:
         log, every = stage.folder / "samples.jsonl", stage.settings.eval_every
         found.append(Observer(log, every, stage.samples.records))
-    if stage.trajectories is not None:
+    if stage.drift is not None:
         log, every = stage.folder / trajectories.FILE, stage.settings.trajectories_every
         # The reference is loaded for each measurement, and let go again.
-        record = lambda step, params: [stage.trajectories.record(step, params, start.load())]
+        record = lambda step, params: [stage.drift.record(step, params, start.load())]
         found.append(Observer(log, every, record))
     return found
 

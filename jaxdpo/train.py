@@ -3,7 +3,7 @@
 Observers look at the parameters at a cadence of their own, and change nothing.
 
 Left out: what an update does (`step`), where the pieces come from (`stages`), and what
-observers see (`samples`, `analysis.trajectories`).
+observers see (`samples`, `drift`).
 """
 
 import functools

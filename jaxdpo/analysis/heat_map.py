@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from jaxdpo.analysis.page import visible
+from jaxdpo.analysis.row_table import SPACES
 from jaxdpo.prompts import tail
 from jaxdpo.records import Record
 
@@ -34,7 +35,6 @@ _FONT = font_manager.FontProperties(family="DejaVu Sans", size=9)
 # In points: the header, a column of text, a line of it, a cell on the line.
 _HEADER, _COLUMN, _MARGIN, _GUTTER = 78.0, 410.0, 24.0, 28.0
 _LINE, _CELL, _PAD, _GAP = 20.0, 15.0, 3.0, 1.5
-_SHOWN = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥"})
 
 
 class Cell(NamedTuple):
@@ -140,7 +140,7 @@ def shown(token: Record) -> str:
     piece = token["piece"]
     if token["part"]:
         piece = re.sub("\ufffd+", lambda _: token["part"]["of"], piece, count=1)
-    return visible(piece).translate(_SHOWN)
+    return visible(piece).translate(SPACES)
 
 
 def draw(record: Record, file: str | Path) -> int:

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 
 from jaxdpo.batching import Batch
 
+SPACES = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥"})
 BRANCHES = ("prompt", "chosen", "rejected")
 
 
@@ -48,4 +49,4 @@ def shown(tokenizer: Tokenizer, token: int) -> str:
     ('·Oslo', '<|endoftext|>')
     """
     text = tokenizer.decode([token], skip_special_tokens=False)
-    return text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+    return text.translate(SPACES)
