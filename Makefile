@@ -2,10 +2,12 @@
 #                   policy says and which tokens it rewards, and a page that shows it all
 # make test         the same environment plus the test extra, then the suite
 # make lint         ruff, as the pre-commit hook runs it
+# make benchmark    what a DPO step takes in time and memory against PyTorch, how it grows, and
+#                   whether its input keeps up; OPTIONS=--quick tries that all of it runs
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint benchmark
 
 # Large buffers stay in huge pages of the heap instead of being mapped anew at every step:
 # 1.17 times as fast on a CPU (glibc only; ignored elsewhere).
@@ -30,6 +32,12 @@ test: .venv/installed-test
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+benchmark: .venv/installed-test
+	GLIBC_TUNABLES=$(TUNABLES) $(BIN)/python benchmarks/dpo_step.py $(OPTIONS)
+	$(BIN)/python benchmarks/memory.py $(OPTIONS)
+	$(BIN)/python benchmarks/scaling.py $(OPTIONS)
+	GLIBC_TUNABLES=$(TUNABLES) $(BIN)/python benchmarks/input.py $(OPTIONS)
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f"Python 3.11 to 3.13 is needed, not {sys.version.split()[0]}: make PYTHON=python3.12 ...")'

@@ -34,7 +34,6 @@ def get_config() -> ConfigDict:
         stage.truncation = "keep_end"  # a cut prompt still ends in "TL;DR:"
         stage.max_length = 576  # no response of the data is cut
         stage.max_prompt_length = 448
-        stage.num_buckets = 2
         stage.eval_every = 50
         stage.checkpoint_every = 50
 

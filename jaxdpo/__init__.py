@@ -8,6 +8,7 @@ Data flows through the modules in this order:
     synthetic    the built-in summarisation task, whose wrong tokens are known
     tokens       text -> token ids, truncation, EOS; the memory-mapped token store
     batching     tokenised examples -> fixed-shape rows [prompt | chosen | rejected]
+    packing      which examples of a batch share a row; the few shapes of a run's batches
     sharding     the device mesh; the table parameter -> PartitionSpec
     pythia_config  the numbers of a model: published sizes, Hugging Face's config.json
     pythia       the GPT-NeoX model: tokens -> hidden states; the unembedding
@@ -15,6 +16,7 @@ Data flows through the modules in this order:
     hf_layout    how Hugging Face names and lays out the tensors: one table
     convert      Hugging Face weights <-> parameters
     qfunction    logits -> token log-probabilities, Q, V, advantages, token rewards
+    scored_logps  how the first of these come about without all logits, on any mesh
     token_mdp    MDPs small enough to solve exactly: soft dynamic programming
     losses       the objectives: one number per pair
     reference    the reference's token log-probabilities, computed once

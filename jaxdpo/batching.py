@@ -1,32 +1,34 @@
 """From tokenised examples to fixed-shape rows, in an order that is a function of the step.
 
-A row is `[prompt | chosen | rejected]`: the prompt is computed once for both responses,
-the rejected one's positions restart after the prompt, and a token sees earlier tokens of
-its own pair that are prompt or of its own branch. The last prompt token predicts the
-first token of *both* responses, so targets are no shift by one: a batch lists its scored
-positions and their targets. The last token of a response predicts nothing and is not in
-the row. `layout="separate"` is the plain twin: chosen and rejected in two adjacent rows.
+A row is `[prompt | chosen | rejected]`, several pairs one after the other: the prompt is
+computed once for both responses, the rejected one's positions restart after the prompt, and
+a token sees earlier tokens of its own pair that are prompt or of its own branch. The last
+prompt token predicts the first token of *both* responses, so targets are no shift by one: a
+batch lists its scored positions and their targets. The last token of a response predicts
+nothing and is not in the row. `layout="separate"` is the plain twin: chosen and rejected in
+two adjacent rows.
 
 Batch number `step` holds the examples `[step * batch_size, (step + 1) * batch_size)` of
 the epochs' permutations laid end to end; there is no iterator state. Slots past the last
 example are fillers that weigh nothing, so every example is seen exactly once an epoch.
-
-Left out: first-fit packing over a window; here a row takes `pairs_per_row` consecutive
-pairs.
+Pairs change rows within their batch only, so packing changes nothing but time. Left out: how
+they are packed (`packing`).
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from jaxdpo import InputError
+from jaxdpo import InputError, packing
 from jaxdpo.tokens import TokenStore
 
 LAYOUTS = ("shared", "separate")
 LENGTH_MULTIPLE = 16  # row lengths are rounded up to it: whole vector registers, few shapes
+SCORED_MULTIPLE = 16  # and the scored positions of a row to this
 
 
 class Batch(NamedTuple):
@@ -49,17 +51,47 @@ class Batch(NamedTuple):
 
 
 class RowShape(NamedTuple):
-    """The static shape of a program: T positions and S scored positions to a row."""
+    """The static shape of a program: groups of rows in a global batch; positions T and scored
+    positions S of a row; pairs P of a group, at most."""
 
+    rows: int
     length: int
     scored: int
+    pairs: int
+
+
+class Padding(NamedTuple):
+    """How much of all rows of a run is real, and in how many shapes they come.
+
+    >>> str(Padding(970, 1000, 88, 100, shapes=3))
+    '97.0% of positions and 88.0% of scored positions are real; 3 row shapes'
+    """
+
+    positions: int
+    all_positions: int
+    scored: int
+    all_scored: int
+    shapes: int
+
+    def __str__(self) -> str:
+        real = self.positions / self.all_positions, self.scored / self.all_scored
+        return (
+            f"{real[0]:.1%} of positions and {real[1]:.1%} of scored positions are real; "
+            f"{self.shapes} row shape{'s' * (self.shapes > 1)}"
+        )
 
 
 class Batches:
     """The global batches of a data set: `batches[step]` is this process's rows of one.
 
-    `seed=None` keeps the order of the file (evaluation). `reference` is the flat array of
-    the reference's token log-probabilities, in the order of `store.scored_offsets`.
+    `seed=None` keeps the order of the file (evaluation). `row_length` is about how many
+    positions a row is packed to (0: a pair to a row); the rows are a multiple of `divisor`, the
+    same number in every batch. `num_buckets` bounds `shapes`, ascending, which hold every batch
+    at the least padding; lengths are multiples of `length_multiple`. `span` is the positions of
+    the longest example, rounded up likewise. `reference` is the flat array of the reference's
+    token log-probabilities, in the order of `store.scored_offsets`. `process` is (index,
+    count); each takes its contiguous rows of every batch. Raises `InputError` for options that
+    contradict each other or the data.
     """
 
     def __init__(
@@ -69,57 +101,129 @@ class Batches:
         batch_size: int,
         epochs: int = 1,
         seed: int | None = None,
-        pairs_per_row: int = 1,
+        row_length: int = 0,
         num_buckets: int = 1,
         layout: str = "shared",
+        length_multiple: int = LENGTH_MULTIPLE,
+        divisor: int = 1,
         reference: np.ndarray | None = None,
         process: tuple[int, int] = (0, 1),
     ):
-        if layout not in LAYOUTS:
-            raise InputError(f"layout: {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
-        for name, value in (("pairs_per_row", pairs_per_row), ("num_buckets", num_buckets)):
-            if value < 1:
-                raise InputError(f"{name}: must be at least 1, not {value}")
-        if batch_size < 1 or batch_size % (pairs_per_row * process[1]):
+        divisor = math.lcm(divisor, process[1])
+        _check(layout, batch_size, row_length, num_buckets, divisor)
+        self.store, self.batch_size, self.layout = store, batch_size, layout
+        self.reference, self.process, self._multiple = reference, process, length_multiple
+        self._order = _order(len(store), batch_size, epochs, seed)
+        self._sizes = _sizes(store, layout)
+        longest = self._sizes[..., packing.POSITIONS].max(1)
+        self.span = _rounded(int(longest.max()), length_multiple)
+        if 0 < row_length < longest.max():
             raise InputError(
-                f"batch_size: {batch_size} is no multiple of pairs_per_row x processes = "
-                f"{pairs_per_row} x {process[1]}"
+                f"row_length: {row_length} is less than the {longest.max()} positions of the "
+                f"example of line {store.lines[longest.argmax()]}; give at least that, or lower "
+                "max_length"
             )
-        self.store, self.batch_size, self.epochs, self.seed = (
-            store,
-            batch_size,
-            epochs,
-            seed,
-        )
-        self.pairs_per_row, self.layout, self.process = pairs_per_row, layout, process
-        self.reference = reference
-        self.shapes = row_shapes(store, pairs_per_row, num_buckets, layout)
+        self.num_rows = batch_size
+        if row_length:
+            wanted = longest.mean() * min(batch_size, len(store) * epochs) / row_length
+            self.num_rows = divisor * min(max(round(wanted / divisor), 1), batch_size // divisor)
+        self.shapes, self._bucket, self._places = self._packed(num_buckets)
 
     def __len__(self) -> int:
-        return -(-len(self.store) * self.epochs // self.batch_size)
-
-    @property
-    def num_groups(self) -> int:
-        """Groups of rows in a global batch: what a mesh divides."""
-        return self.batch_size // self.pairs_per_row
+        return len(self._order)
 
     def indices(self, step: int) -> np.ndarray:
         """The examples of batch `step`, [batch_size]; -1 past the last epoch's end."""
-        n, first = len(self.store), step * self.batch_size
-        places = range(first, first + self.batch_size)
-        if self.seed is None:
-            examples = [place % n for place in places]
-        else:
-            examples = [epoch_order(self.seed, place // n, n)[place % n] for place in places]
-        return np.where(np.array(places) < n * self.epochs, examples, -1)
+        return self._order[step]
 
     def __getitem__(self, step: int) -> Batch:
-        groups = self.indices(step).reshape(self.num_groups, self.pairs_per_row)
-        lengths, _ = _row_sizes(self.store, groups, self.layout)
-        shape = next(shape for shape in self.shapes if lengths.max() <= shape.length)
+        shape, real = self.shapes[self._bucket[step]], self._order[step] >= 0
+        places = self._places[step][real]
+        groups = np.full((shape.rows, shape.pairs), -1, np.int32)
+        groups[places, times_before(places)] = self._order[step][real]
         rank, world = self.process
         mine = groups[rank * len(groups) // world : (rank + 1) * len(groups) // world]
         return rows(self.store, mine, shape, layout=self.layout, reference=self.reference)
+
+    @cached_property
+    def padding(self) -> Padding:
+        """Real and all positions, and scored positions, over all batches."""
+        real = self._sizes[self._order[self._order >= 0]].sum((0, 1)).tolist()
+        count = np.bincount(self._bucket, minlength=len(self.shapes)) * self._sizes.shape[1]
+        every = [
+            int((count * [shape.rows * size(shape) for shape in self.shapes]).sum())
+            for size in (lambda shape: shape.length, lambda shape: shape.scored)
+        ]
+        return Padding(real[0], every[0], real[1], every[1], len(self.shapes))
+
+    def _packed(self, num_buckets: int) -> tuple[list[RowShape], np.ndarray, np.ndarray]:
+        """The shapes, and for each batch which of them, and the row of each example."""
+        # The fuller row of a group counts; a filler, -1, finds the empty size at the end.
+        sizes = np.pad(self._sizes.max(1), ((0, 1), (0, 0)))[self._order]
+        places, lengths, which = packing.packed(
+            sizes, self.num_rows, multiple=self._multiple, most=num_buckets
+        )
+        scored = packing.loads(sizes, places, self.num_rows)[..., packing.SCORED].max(1)
+        pairs = np.zeros((len(self), self.num_rows), int)
+        np.add.at(pairs, (np.arange(len(self))[:, None], places), self._order >= 0)
+        shapes = []
+        for one, length in enumerate(lengths):
+            widest = _rounded(int(scored[which == one].max()), SCORED_MULTIPLE)
+            shapes.append(RowShape(self.num_rows, int(length), widest, int(pairs.max())))
+        return shapes, which, places
+
+
+def _check(layout: str, batch_size: int, row_length: int, num_buckets: int, divisor: int) -> None:
+    """Raise `InputError` for options that cannot be, whatever the data."""
+    if layout not in LAYOUTS:
+        raise InputError(f"layout: {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+    for name, value, least in (("row_length", row_length, 0), ("num_buckets", num_buckets, 1)):
+        if value < least:
+            raise InputError(f"{name}: must be at least {least}, not {value}")
+    if layout == "separate" and row_length:
+        raise InputError(
+            f"row_length: {row_length} has no effect with layout 'separate', which holds a pair in "
+            "two rows; set it to 0"
+        )
+    if batch_size < divisor or (not row_length and batch_size % divisor):
+        raise InputError(
+            f"batch_size: {batch_size} pairs cannot fill rows that are a multiple of {divisor} "
+            "(devices x micro-batches); give "
+            + (
+                "at least that"
+                if row_length
+                else "a multiple of it, for with row_length 0 each has a row"
+            )
+        )
+
+
+def _order(num_examples: int, batch_size: int, epochs: int, seed: int | None) -> np.ndarray:
+    """The examples of every batch, [steps, batch_size]; -1 past the end of the last epoch."""
+    orders = [
+        np.arange(num_examples)
+        if seed is None
+        else np.random.default_rng((seed, epoch)).permutation(num_examples)
+        for epoch in range(epochs)
+    ]
+    fillers = -num_examples * epochs % batch_size
+    order = np.pad(np.concatenate(orders), (0, fillers), constant_values=-1)
+    return order.reshape(-1, batch_size)
+
+
+def times_before(places: np.ndarray) -> np.ndarray:
+    """How many places before each one are the same.
+
+    >>> times_before(np.array([3, 5, 3])).tolist()
+    [0, 0, 1]
+    """
+    order = np.argsort(places, kind="stable")
+    rank = np.empty(len(places), int)
+    rank[order] = np.arange(len(places))
+    return rank - np.searchsorted(places[order], places)
+
+
+def _rounded(number, multiple: int):
+    return -(-number // multiple) * multiple
 
 
 def prefetch(batches: Batches, start: int, stop: int) -> Iterator[Batch]:
@@ -128,29 +232,15 @@ def prefetch(batches: Batches, start: int, stop: int) -> Iterator[Batch]:
     return iter(grain.MapDataset.source(batches)[start:stop].to_iter_dataset(options))
 
 
-@lru_cache(maxsize=4)  # two threads may straddle the border of an epoch
-def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    """The permutation of an epoch: a pure function of its arguments."""
-    return np.random.default_rng((seed, epoch)).permutation(num_examples)
-
-
-def row_shapes(
-    store: TokenStore, pairs_per_row: int, num_buckets: int, layout: str = "shared"
-) -> list[RowShape]:
-    """At most `num_buckets` row shapes, ascending, the last of which holds any row.
-
-    The lengths lie evenly between the shortest and the longest row; the scored positions
-    of a bucket are what its longest admissible row needs.
-    """
-    lengths, scored = _row_sizes(store, np.arange(len(store))[:, None], layout)
-    low, high = lengths.min() * pairs_per_row, lengths.max() * pairs_per_row
-    edges = low + (high - low) * np.arange(1, num_buckets + 1) / num_buckets
-    edges = np.unique(-(-edges // LENGTH_MULTIPLE).astype(int) * LENGTH_MULTIPLE)
-    shapes = []
-    for edge in edges:
-        widest = scored[lengths <= edge].max(initial=1) * pairs_per_row
-        shapes.append(RowShape(int(edge), int(-(-widest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)))
-    return shapes
+def row_shape(
+    store: TokenStore, groups: np.ndarray | Sequence[Sequence[int]], *, layout: str = "shared"
+) -> RowShape:
+    """The smallest shape that holds the groups (see `rows`), rounded up to whole registers."""
+    groups = np.asarray(groups)
+    sizes = np.pad(_sizes(store, layout), ((0, 1), (0, 0), (0, 0)))[groups]
+    length, scored = (int(x) for x in sizes.sum(1).max((0, 1)))
+    length, scored = _rounded(length, LENGTH_MULTIPLE), _rounded(scored, SCORED_MULTIPLE)
+    return RowShape(len(groups), length, scored, groups.shape[1])
 
 
 def rows(
@@ -250,11 +340,12 @@ def _empty(num_rows: int, shape: RowShape, groups: np.ndarray, has_reference: bo
     return Batch(*positions, *scored, groups, reference)
 
 
-def _row_sizes(store: TokenStore, groups: np.ndarray, layout: str):
-    """Positions and scored positions that the longest row of each group needs, [G] each."""
-    prompt, chosen, rejected = store.lengths[groups].transpose(2, 0, 1) * (groups >= 0)
-    inner_chosen, inner_rejected = np.maximum(chosen - 1, 0), np.maximum(rejected - 1, 0)
-    if layout == "shared":
-        return (prompt + inner_chosen + inner_rejected).sum(1), (chosen + rejected).sum(1)
-    length = np.maximum((prompt + inner_chosen).sum(1), (prompt + inner_rejected).sum(1))
-    return length, np.maximum(chosen.sum(1), rejected.sum(1))
+def _sizes(store: TokenStore, layout: str) -> np.ndarray:
+    """Positions and scored positions of each example in each row of its group, [n, 1 or 2, 2]."""
+    prompt, responses = store.lengths[:, :1], store.lengths[:, 1:]
+    inner = np.maximum(responses - 1, 0)
+    if layout == "separate" and store.has_pairs:
+        return np.stack([prompt + inner, responses], axis=-1)
+    both = np.stack([inner, responses], axis=-1).sum(1, keepdims=True)
+    both[..., packing.POSITIONS] += prompt
+    return both

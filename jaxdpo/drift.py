@@ -138,7 +138,9 @@ def states(model: PythiaConfig, policy: Any, reference: Any, batch: Batch) -> St
             model, params, batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids
         )
         hidden = qfunction.scored_hidden(hidden, batch.scored_positions)
-        logps = qfunction.token_logps(hidden, params["unembedding"], batch.targets)
+        logps = qfunction.token_logps(
+            hidden, params["unembedding"], batch.targets, logits_memory=model.logits_memory
+        )
         return logps, qfunction.logits(hidden, params["unembedding"])
 
     (policy_logps, ours), (reference_logps, theirs) = map(logps_and_logits, (policy, reference))

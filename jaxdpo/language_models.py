@@ -7,15 +7,15 @@ what is decoded from it (`completions`).
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from jaxdpo import InputError, convert, runs
 from jaxdpo.decoding import LM
 from jaxdpo.pythia_cache import decoding_params
+from jaxdpo.reference import fingerprint
 from jaxdpo.tokens import check_vocabulary, load_tokenizer
 
 
@@ -66,20 +66,6 @@ def check_same_vocabulary(models: Sequence[LanguageModel]) -> None:
                 f"{first.name} and {other.name}: end a text with different tokens, "
                 f"{list(first.eos_ids)} and {list(other.eos_ids)}"
             )
-
-
-def fingerprint(params: Any) -> str:
-    """A hash of every parameter's path, shape, dtype and bytes; the same on any mesh.
-
-    >>> fingerprint({"a": jax.numpy.array([1.0, 2.0])})
-    'c75fff69f5813ab9'
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} ".encode())
-        host = jax.device_get(leaf.copy())  # an array would keep what it once gave to the host
-        digest.update(host.reshape(-1).view("uint8"))
-    return digest.hexdigest()[:16]
 
 
 def _stored(name: str, mesh: Mesh, dtype: str | None) -> runs.Stored:

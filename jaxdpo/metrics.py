@@ -1,18 +1,29 @@
-"""What a run says while it trains: `metrics.jsonl`, TensorBoard, and a line of progress.
+"""What a run says while it trains: `metrics.jsonl`, `speed.jsonl`, TensorBoard, and progress.
 
-`metrics.jsonl` holds every step once, also over restarts: resuming at a step cuts the
-lines past it. Left out: figures (`analysis.curves`).
+`metrics.jsonl` holds every step once, also over restarts: resuming at a step cuts the lines
+past it. It is the same bit for bit whenever the run is repeated; what depends on the machine and
+the hour stands in `speed.jsonl`. Left out: figures (`analysis.curves`), and what a speed is
+(`accounting`).
 """
 
 import math
 import os
+import resource
+import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from jaxdpo.accounting import Accounts, Work, peak_flops, speeds
+from jaxdpo.batching import Batch
+from jaxdpo.compilation import Compilations
 from jaxdpo.records import Record, cut_log, line, read_log
 
 LINE_EVERY_SECONDS = 10.0  # where the output is no terminal
@@ -61,6 +72,110 @@ class MetricsWriter:
     def __exit__(self, *_) -> None:
         self._file.close()
         self._board.close()
+
+
+TRAINING = ("input", "host", "device")  # what the time of the steps themselves is spent on
+
+
+class SpeedLog:
+    """Appends to `speed.jsonl` how fast the steps since the last record went.
+
+    A record holds `step`, the last one that it covers; `steps`, `pairs` and `tokens`;
+    `seconds/input` (waiting for the next batch), `seconds/device` (waiting for what steps
+    return), `seconds/host` (the rest: Python, dispatch, logs; before the first step, compiling),
+    and apart from these, which are the steps' own, `seconds/evaluation`, `seconds/observers` and
+    `seconds/checkpoint`; the rates and shares of `accounting.speeds`; what was compiled for
+    steps and evaluation (not for observers, nor by Orbax), after the first record nothing; and
+    `peak_memory_mib` since the process began. `after` as in `MetricsWriter`. Used as a context
+    manager; time is counted from its creation on.
+    """
+
+    def __init__(self, folder: str | Path, accounts: Accounts, *, after: int | None):
+        self._file, self._accounts = Path(folder) / "speed.jsonl", accounts
+        cut_log(self._file, lambda record: after is not None and record["step"] <= after)
+        kind, devices = jax.devices()[0].device_kind, jax.device_count()
+        peak = peak_flops(kind)
+        self._peak = None if peak is None else peak * devices
+        self._compilations, self._counted = Compilations(), Counter()
+        self._work, self._spent, self._since = Work(), Counter(), time.perf_counter()
+        self._all_work, self._all_spent = Work(), Counter()
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Claim the time within for something; not to be nested."""
+        began, compiled = time.perf_counter(), Counter(self._compilations.so_far())
+        try:
+            yield
+        finally:
+            self._spent[what] += time.perf_counter() - began
+            if what in ("observers", "checkpoint"):
+                self._counted.update(Counter(self._compilations.so_far()) - compiled)
+
+    def add(self, batch: Batch) -> None:
+        """Count a step on this batch, as the host made it."""
+        self._work = self._work.plus(self._accounts.of(batch))
+
+    def compiled(self) -> str:
+        """What was compiled since the last record, as a line for people."""
+        found = self._compiled()
+        return (
+            f"{found['programs']} programs in {self._elapsed():.1f} s, "
+            f"{found['programs_from_cache']} of them from the cache"
+        )
+
+    def write(self, step: int) -> None:
+        """Record the steps since the last record, of which `step` is the last one."""
+        work, elapsed, spent = self._work, self._elapsed(), self._spent
+        spent["host"] = elapsed - sum(spent.values())
+        compiled = self._compiled()
+        self._counted.update(compiled)
+        record = {"step": step, "steps": work.steps, "pairs": work.pairs, "tokens": work.tokens}
+        record |= {f"seconds/{what}": value for what, value in spent.items()}
+        if work.steps:
+            record |= self._speeds(work, spent)
+            self._all_work = self._all_work.plus(work)
+            self._all_spent.update(spent)
+        record |= compiled | {"peak_memory_mib": peak_memory()[0] / 2**20}
+        with open(self._file, "a", encoding="utf-8") as log:
+            log.write(line(record))
+        self._work, self._spent, self._since = Work(), Counter(), self._since + elapsed
+
+    def summary(self) -> str:
+        """All steps that were recorded, as a line for people."""
+        found, (size, whose) = self._speeds(self._all_work, self._all_spent), peak_memory()
+        utilisation = f" (MFU {found['mfu']:.1%})" if "mfu" in found else ""
+        return (
+            f"{found['pairs_per_second']:.1f} pairs/s, {found['tokens_per_second']:.0f} tokens/s, "
+            f"{found['real_positions_share']:.0%} of positions real, "
+            f"{found['model_tflops_per_second']:.3g} TFLOP/s of the model{utilisation}, "
+            f"{found['input_share']:.1%} of the time waiting for input, "
+            f"at most {size / 2**30:.1f} GiB of {whose}"
+        )
+
+    def _speeds(self, work: Work, spent: Counter) -> dict[str, float]:
+        return speeds(work, {what: float(spent[what]) for what in TRAINING}, peak=self._peak)
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._since
+
+    def _compiled(self) -> dict[str, int | float]:
+        return {k: v - self._counted[k] for k, v in self._compilations.so_far().items()}
+
+    def __enter__(self) -> "SpeedLog":
+        self._compilations.__enter__()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._compilations.__exit__()
+
+
+def peak_memory() -> tuple[int, str]:
+    """The most bytes held so far, and of what: a device, or this process where none says so."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if found := [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]:
+        return max(found), "device memory"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process memory"
 
 
 class ProgressLine:

@@ -1,9 +1,10 @@
 """The GPT-NeoX model of the Pythia suite: tokens -> hidden states; the unembedding.
 
 A row may hold several segments, and a segment a prompt with several responses: who may
-attend to whom is read off `segment_ids` and `branch_ids`, rotary angles off `positions`.
-Left out: logits in training (`qfunction` makes them, for the scored positions only), the
-placement of parameters (`sharding`), files (`convert`), and dropout, which Pythia does not use.
+attend to whom is read off `segment_ids` and `branch_ids` (`attention`), rotary angles off
+`positions`. Left out: logits in training (`qfunction` makes them, for the scored positions
+only), the placement of parameters (`sharding`), files (`convert`), and dropout, which Pythia
+does not use.
 """
 
 import dataclasses
@@ -15,13 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
+from jaxdpo import attention
 from jaxdpo.pythia_config import PythiaConfig
 
+_save = jax.checkpoint_policies
 _REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    # What is dear: products with weights, and attention's result with its normalisers.
+    "dots": _save.save_from_both_policies(
+        _save.dots_with_no_batch_dims_saveable, _save.save_only_these_names(attention.SAVED)
+    ),
+    "full": _save.nothing_saveable,
 }
 
 
@@ -36,7 +42,7 @@ class _Layer(nn.Module):
         to_residual = nn.initializers.normal(2 / (c.num_layers * math.sqrt(c.width)))
 
         def linear(features, axis=-1, kernel_init=fan_in):
-            types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
+            types = {"dtype": c.dtype, "param_dtype": c.param_dtype, "dot_general": _product}
             return nn.DenseGeneral(features, axis, kernel_init=kernel_init, **types)
 
         self.attention_norm = _layer_norm(c)
@@ -46,9 +52,10 @@ class _Layer(nn.Module):
         self.up = linear(c.mlp_width)
         self.down = linear(c.width, kernel_init=to_residual)
 
-    def __call__(self, x, mask, cos, sin):
-        q, k, v = self.queries_keys_values(x, cos, sin)
-        return self.after_attention(x, jax.nn.dot_product_attention(q, k, v, mask=mask)), None
+    def __call__(self, x, ids, cos, sin):
+        how = {"span": self.config.attention_span, "implementation": self.config.attention}
+        mixed = attention.attend(*self.queries_keys_values(x, cos, sin), *ids, **how)
+        return self.after_attention(x, mixed), None
 
     def queries_keys_values(self, x, cos, sin):
         q, k, v = jnp.moveaxis(self.qkv(self.attention_norm(x)), -2, 0)
@@ -61,7 +68,7 @@ class _Layer(nn.Module):
         return _constrain(x, P(("data", "fsdp")))
 
     def mlp(self, x):
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+        return self.down(_gelu(self.up(x)))
 
 
 class Pythia(nn.Module):
@@ -102,12 +109,11 @@ class Pythia(nn.Module):
         segment_ids: Int[Array, "B T"],
         branch_ids: Int[Array, "B T"],
     ) -> Float[Array, "B T D"]:
-        c = self.config
-        mask = attention_mask(segment_ids, branch_ids)[:, None]
+        c, ids = self.config, (segment_ids, branch_ids)
         cos, sin = rotary_angles(positions, c.rotary_width, c.rotary_base)
         x = self.embed(tokens)
         for layer in [self.layers] if c.scan_layers else self.layers:
-            x, _ = layer(x, mask, cos, sin)
+            x, _ = layer(x, ids, cos, sin)
         return self.final_norm(x)
 
     def embed(self, tokens):
@@ -115,24 +121,6 @@ class Pythia(nn.Module):
         table = _constrain(self.embedding, P("tensor"))
         x = jnp.take(table, tokens, axis=0, mode="fill").astype(self.config.dtype)
         return _constrain(x, P(("data", "fsdp")))
-
-
-def attention_mask(
-    segment_ids: Int[Array, "B T"], branch_ids: Int[Array, "B T"]
-) -> Bool[Array, "B T T"]:
-    """Whether query q (second axis) may attend to key k (last axis).
-
-    True where k <= q, both are of one segment, and k is prompt or of q's branch. A token
-    always sees itself, so no row of the softmax is empty, padding included.
-
-    >>> branches = jnp.array([[0, 1, 2]])  # prompt, chosen, rejected
-    >>> attention_mask(jnp.ones((1, 3), int), branches)[0].astype(int).tolist()
-    [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
-    """
-    same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
-    same_branch = branch_ids[:, :, None] == branch_ids[:, None, :]
-    visible = same_segment & (same_branch | (branch_ids == 0)[:, None, :])
-    return visible & np.tri(segment_ids.shape[1], dtype=bool)[None]
 
 
 def rotary_angles(
@@ -153,6 +141,26 @@ def rotate(
     first, second, rest = jnp.split(x.astype("float32"), (half, 2 * half), axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin, rest)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def _product(x, kernel, dimension_numbers, **how):
+    """The `dot_general` of a linear layer, as a product of two matrices.
+
+    With rows and positions on two axes, XLA on a CPU copies a factor of a weight's gradient
+    transposed before it multiplies, which takes as long again.
+    """
+    summed = len(dimension_numbers[0][0])  # the last axes of x, the first of the kernel
+    length = math.prod(kernel.shape[:summed])
+    shape = x.shape[: x.ndim - summed] + kernel.shape[summed:]
+    flat = (((1,), (0,)), ((), ()))
+    y = jax.lax.dot_general(x.reshape(-1, length), kernel.reshape(length, -1), flat, **how)
+    return y.reshape(shape)
+
+
+def _gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    # As PyTorch computes it. `jax.nn.gelu` takes 1 - erf where that is small, which is several
+    # passes over the widest array of the model on a CPU, and lost in what it is added to.
+    return 0.5 * x * (1.0 + jax.lax.erf(x * np.asarray(math.sqrt(0.5), x.dtype)))
 
 
 def _constrain(x: Float[Array, "..."], spec: P) -> Float[Array, "..."]:

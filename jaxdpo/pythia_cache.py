@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdpo import sharding
-from jaxdpo.pythia import Pythia, attention_mask, rotary_angles, unembed, unstack_layers
+from jaxdpo.attention import attention_mask
+from jaxdpo.pythia import Pythia, rotary_angles, unembed, unstack_layers
 from jaxdpo.pythia_config import PythiaConfig
 
 

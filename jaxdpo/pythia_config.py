@@ -64,8 +64,11 @@ class PythiaConfig:
     `rotary_pct` is the part of each head that is rotated. `max_positions` is the longest
     sequence that the weights were trained on; the model itself has no limit. Parameters are
     stored in `param_dtype` and multiplied in `dtype`. `remat` says what the backward pass
-    recomputes in each layer: "none", all but the matrix products ("dots"), or "full".
-    `scan_layers` compiles one layer for all, with parameters stacked on a leading axis.
+    recomputes in each layer: "none", all but the products with weights and attention's result
+    ("dots"), or "full". `scan_layers` compiles one layer for all, with parameters stacked on a
+    leading axis. `attention` is one of `attention.IMPLEMENTATIONS`, `attention_span` the most
+    positions that a token looks back in its row, itself included (None: all), `logits_memory`
+    what logits may take of a device at a time, in MiB.
 
     >>> PythiaConfig.from_name("pythia-2.8b").head_width
     80
@@ -85,9 +88,12 @@ class PythiaConfig:
     dtype: str = "float32"
     remat: str = "none"
     scan_layers: bool = False
+    attention: str = "blocks"
+    attention_span: int | None = None
+    logits_memory: int = 512
 
     def __post_init__(self):
-        for field in _HF_FIELDS:
+        for field in (*_HF_FIELDS, "logits_memory"):
             value = getattr(self, field)
             if value <= 0:
                 raise InputError(f"{field}={value}: must be positive")

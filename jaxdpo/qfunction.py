@@ -23,8 +23,9 @@ rewards (`return_decomposition`); no ranking notices.
 not `guidance`, the exponent of Eq. 14 (`decoding.scorers.Product`), which has no unit: in
 Eq. 15 advantages relative to the reference are to be multiplied by guidance / beta.
 
-Left out: the model that makes the hidden states (`pythia`); MDPs whose rewards are given and
-whose Q is found (`token_mdp`).
+Left out: the model that makes the hidden states (`pythia`); how log-probabilities come about
+without all logits (`scored_logps`); MDPs whose rewards are given and whose Q is found
+(`token_mdp`).
 """
 
 from typing import NamedTuple
@@ -32,6 +33,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, ScalarLike
+
+from jaxdpo import scored_logps
 
 
 def scored_hidden(
@@ -68,6 +71,8 @@ def token_logps(
     hidden: Float[Array, "B S D"],
     unembedding: Float[Array, "V D"],
     targets: Int[Array, "B S"],
+    *,
+    logits_memory: int = 512,
 ) -> Float[Array, "B S"]:
     """Log-probability of each target under the softmax of its logits, in float32.
 
@@ -75,15 +80,20 @@ def token_logps(
 
     In the token MDP z is Q / beta up to a potential, and the log-sum-exp V / beta
     (2404.12358, Eq. 6 and 9). `hidden` holds the scored positions only. Not normalised by
-    length.
+    length. A target that is no token of the vocabulary has NaN.
+
+    `logits_memory` is what logits may take of a device at a time, in MiB. If those of its
+    positions all fit, they are kept for the backward pass: three products of 2 B S V D
+    floating-point operations in all. If not, they exist for a chunk of positions at a time and
+    are multiplied again: four products, and beside a chunk the gradient of its logits, in the
+    dtype of `hidden`, and twice that of the unembedding, in float32. Raises `InputError` where
+    one position's logits do not fit. See `scored_logps` for what happens on a mesh.
 
     >>> hidden, unembedding = jnp.zeros((1, 2, 3)), jnp.ones((4, 3))
     >>> f"{token_logps(hidden, unembedding, jnp.array([[0, 3]]))[0, 0]:.4f}"  # -log 4
     '-1.3863'
     """
-    z = logits(hidden, unembedding)
-    chosen = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(z, axis=-1)
+    return scored_logps.target_logps(hidden, unembedding, targets, logits_memory=logits_memory)
 
 
 def response_sums(

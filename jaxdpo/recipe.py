@@ -29,7 +29,8 @@ TINY, HUGE = 1e-12, 1e30  # what must be positive; what has no other upper limit
 OBSERVING = ("samples", "sample_tokens", "trajectories", "trajectories_every")
 RANGES = {
     **dict.fromkeys(("batch_size", "eval_batch_size", "micro_batches", "epochs"), (1, HUGE)),
-    **dict.fromkeys(("pairs_per_row", "num_buckets", "max_skipped_in_a_row"), (1, HUGE)),
+    **dict.fromkeys(("num_buckets", "max_skipped_in_a_row"), (1, HUGE)),
+    "row_length": (0, HUGE),
     **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "max_length"), (1, HUGE)),
     "sample_tokens": (1, HUGE),
     **dict.fromkeys(("eval_every", "warmup_steps", "weight_decay", "samples"), (0, HUGE)),
@@ -65,6 +66,7 @@ def blank() -> ConfigDict:
     config.model.param_dtype = "float32"
     config.model.remat = "none"  # or "dots", "full": what the backward pass computes again
     config.model.scan_layers = False  # True compiles one layer instead of all
+    config.model.logits_memory = 512  # MiB of a device; for more, logits are multiplied twice
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices; -1: all the others
 
     config.sft = _blank_stage()
@@ -99,8 +101,8 @@ def _blank_stage() -> ConfigDict:
     stage.max_prompt_length = 256  # None with truncation "drop"
     stage.truncation = "official"  # see tokens.Limits
     stage.layout = "shared"  # or "separate", the plain twin
-    stage.pairs_per_row = 1
-    stage.num_buckets = 1  # row shapes, each of which is compiled
+    stage.row_length = 2048  # positions that a row is packed to, about; 0: a pair to a row
+    stage.num_buckets = 4  # row shapes at most, each of which is compiled
     stage.batch_size = 64  # pairs, over all devices and micro-batches
     stage.eval_batch_size = 32
     stage.micro_batches = 1  # gradients are summed over them: memory for time
@@ -144,6 +146,8 @@ def check(config: ConfigDict) -> None:
             raise InputError(f"{name}.data: eval_limit and eval_split have no effect without eval")
         if stage.optimizer == "rmsprop" and stage.weight_decay:
             raise InputError(f"{name}.weight_decay: has no effect with rmsprop; set it to 0")
+        if stage.layout == "separate" and stage.row_length:
+            raise InputError(f"{name}.row_length: has no effect with layout separate; set it to 0")
         for key, (low, high) in RANGES.items():
             if key in stage and not low <= stage[key] <= high:
                 raise InputError(f"{name}.{key}: {stage[key]} is not between {low} and {high}")

@@ -3,8 +3,8 @@
 A recipe runs its stages (`sft`, `dpo`) in order in one work directory, each in a folder of
 its own; a stage starts from the last or best checkpoint of the one before it, goes on
 from its own latest checkpoint if it has one, and is not run again once it is finished.
-Left out: what a configuration may say (`recipe`), the loop (`train`), what one update does
-(`step`).
+Left out: what a configuration may say (`recipe`), a stage's data (`stage_data`), the loop
+(`train`), what one update does (`step`).
 """
 
 import dataclasses
@@ -21,7 +21,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from jaxdpo import InputError, pairs, recipe, reference, runs, sharding, synthetic
+from jaxdpo import (
+    InputError,
+    attention,
+    compilation,
+    recipe,
+    reference,
+    runs,
+    sharding,
+    synthetic,
+)
 from jaxdpo.analysis import report, trajectories
 from jaxdpo.batching import Batches
 from jaxdpo.checkpoint import Checkpoints, abstract
@@ -31,6 +40,7 @@ from jaxdpo.metrics import ProgressLine, console, read_metrics
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import write_json
 from jaxdpo.samples import Hearing, check_room, first_prompts
+from jaxdpo.stage_data import in_rows, stage_batches
 from jaxdpo.step import (
     Objective,
     initial_state,
@@ -39,13 +49,11 @@ from jaxdpo.step import (
     token_logps,
 )
 from jaxdpo.tokens import (
-    Limits,
     TokenStore,
     check_vocabulary,
     eos_id,
     load_tokenizer,
     num_tokens,
-    tokenize,
 )
 from jaxdpo.train import Loop, Observer, put_batch, train_loop
 
@@ -69,6 +77,7 @@ class Stage(NamedTuple):
     name: str
     settings: ConfigDict
     folder: Path
+    model: PythiaConfig  # which looks no farther back than its examples are long
     batches: dict[str, Batches]  # train, eval
     tx: optax.GradientTransformation
     schedule: optax.Schedule
@@ -94,6 +103,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
         raise InputError("several processes: a run is of one process yet, with all its devices")
     workdir = Path(os.path.abspath(workdir))
     recipe.check(config)
+    compilation.check_dtype(config.model.dtype)
     recipe.claim(config, workdir)
     if config.synthetic:
         _write_synthetic(config, workdir)
@@ -101,6 +111,8 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     initial = runs.initial(config, workdir, mesh)
     tokenizer, model = load_tokenizer(initial.tokenizer), initial.model
     check_vocabulary(tokenizer, model.vocab_size, initial.tokenizer)
+    with jax.set_mesh(mesh):
+        model = _with_fastest_attention(model, mesh)
     this = Run(config, workdir, mesh, tokenizer, model)
     # All stages are made ready first: a mistake in the last one must not cost the others.
     todo = [name for name in config.stages if not (workdir / name / "done.json").exists()]
@@ -113,6 +125,21 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
         console.print(line, markup=False)
 
 
+def _with_fastest_attention(model: PythiaConfig, mesh: Mesh) -> PythiaConfig:
+    """The model with the attention that is fastest on the mesh's devices, if it is right there."""
+    device = mesh.devices.flat[0]
+    heads = {"dtype": model.dtype, "head_width": model.head_width}
+    found, fault = attention.fastest(device.platform, **heads), ""
+    if found != "blocks":
+        rows, parts = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+        fault = attention.fault(found, **heads, num_heads=parts, num_rows=rows)
+    if fault:
+        console.print(f"warning: attention: no {found} on {device.device_kind}: {fault}")
+        found = "blocks"
+    console.print(f"attention: {found}, on {device.device_kind} in {model.dtype}")
+    return dataclasses.replace(model, attention=found)
+
+
 def _write_synthetic(config: ConfigDict, workdir: Path) -> None:
     if recipe.begun(workdir):  # the data is there, and is what this configuration makes
         return
@@ -122,13 +149,15 @@ def _write_synthetic(config: ConfigDict, workdir: Path) -> None:
 
 def _prepared(this: Run, name: str) -> Stage:
     settings = this.config[name]
-    batches = _batches(this, name, _stores(this, name))
+    batches = stage_batches(this.config, this.workdir, name, this.tokenizer, this.mesh)
+    span = max(data.span for data in batches.values())
+    this = this._replace(model=dataclasses.replace(this.model, attention_span=span))
     for key, data in (("batch_size", batches["train"]), ("eval_batch_size", batches["eval"])):
         micro_batches = settings.micro_batches if key == "batch_size" else 1
         try:
             sharding.check_divisible(
                 this.mesh,
-                batch_rows=data.num_groups // micro_batches,
+                batch_rows=data.num_rows // micro_batches,
                 num_heads=this.model.num_heads,
                 width=this.model.width,
                 mlp_width=this.model.mlp_width,
@@ -142,6 +171,7 @@ def _prepared(this: Run, name: str) -> Stage:
         name=name,
         settings=settings,
         folder=this.workdir / name,
+        model=this.model,
         batches=batches,
         tx=tx,
         schedule=schedule,
@@ -204,6 +234,8 @@ def _run_stage(this: Run, name: str, stage: Stage | None, start: Start) -> Start
 
 def _train(this: Run, stage: Stage, start: Start, checkpoints: Checkpoints) -> None:
     params = _add_reference(this, stage, start) if stage.name == "dpo" else None
+    if checkpoints.latest_step is not None:
+        params = None  # they go before the checkpoint's come
     state, first = _state(this, start, params, stage.tx, checkpoints)
     del params  # donated with the state; the reference is data from here on
     step = make_train_step(
@@ -215,6 +247,8 @@ def _train(this: Run, stage: Stage, start: Start, checkpoints: Checkpoints) -> N
     )
     loop = Loop(
         name=stage.name,
+        model=stage.model,
+        micro_batches=stage.settings.micro_batches,
         train_step=step,
         eval_step=jax.jit(lambda params, batch: stage.objective(params, batch)[2]),
         schedule=stage.schedule,
@@ -243,122 +277,51 @@ def _observers(stage: Stage, start: Start) -> list[Observer]:
     return found
 
 
-def _stores(this: Run, name: str) -> dict[str, TokenStore]:
-    """The tokenised training and evaluation data of a stage, counted and reported."""
-    settings, folder = this.config[name], this.workdir / name
-    examples, reading = _examples(this, name)
-    limits = Limits(settings.max_length, settings.max_prompt_length, settings.truncation)
-    eos = eos_id(this.tokenizer, this.config.eos_token)
-    stores = {}
-    for side, rows in examples.items():
-        stores[side] = tokenize(
-            rows, this.tokenizer, eos=eos, limits=limits, folder=this.workdir / "tokens"
-        )
-        console.print(f"{name} {side}: {stores[side].report}")
-    file = folder / "data_report.json"
-    keys = {side: store.key for side, store in stores.items()}
-    if recipe.begun(folder) and json.loads(file.read_text())["tokens"] != keys:
-        raise InputError(
-            f"{folder}: the data or the tokenizer has changed since this stage began; "
-            "set it back, or choose another --workdir"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    cut = {side: dataclasses.asdict(store.report) for side, store in stores.items()}
-    write_json(file, reading | {"truncation": cut, "tokens": keys})
-    return stores
-
-
-def _examples(this: Run, name: str) -> tuple[dict[str, list[pairs.Pair]], dict[str, Any]]:
-    """The validated examples of both sides, and what reading them counted."""
-    data = this.config[name].data
-    sources = {"train": (data.train, data.split, data.limit)}
-    if data.eval:
-        sources["eval"] = (data.eval, data.eval_split, data.eval_limit)
-    examples, rows, merged = {}, {}, {}
-    for side, (source, split, limit) in sources.items():
-        read, report = pairs.read_pairs(
-            recipe.path_of(source, this.config, this.workdir),
-            format=data.format,
-            split=split,
-            max_bad_fraction=data.max_bad_fraction,
-            limit=limit,
-        )
-        console.print(f"{name} {side}: {report}")
-        rows[side], merged[side], examples[side] = report.as_json(), 0, read
-        if name == "sft":
-            examples[side], merged[side] = _sft_examples(read, data)
-        if merged[side]:
-            console.print(f"{name} {side}: {merged[side]} pairs of a prompt met before: one kept")
-        if name == "dpo" and any(pair.rejected is None for pair in read):
-            raise InputError(f"dpo.data.format: {data.format!r} has no rejected responses")
-    if data.test_fraction:
-        examples["train"], examples["eval"] = pairs.split_by_prompt(
-            examples["train"], test_fraction=data.test_fraction, seed=this.config.seed
-        )
-    prompts = [{pair.prompt for pair in examples[side]} for side in ("train", "eval")]
-    if both := len(prompts[0] & prompts[1]):
-        console.print(f"{name}: warning: {both} prompts stand in both train and eval")
-    reading = {"rows": rows, "pairs_merged_by_prompt": merged}
-    return examples, reading | {"prompts_in_train_and_eval": both}
-
-
-def _sft_examples(read: list[pairs.Pair], data: ConfigDict) -> tuple[list[pairs.Pair], int]:
-    """The examples that SFT trains on, and how many pairs are left out for a later one."""
-    try:
-        examples = pairs.sft_examples(read, data.responses)
-    except InputError as error:
-        raise InputError(f"sft.data.responses: {data.responses!r}, but {error}") from error
-    return examples, len(read) - len({example.line for example in examples})
-
-
-def _batches(this: Run, name: str, stores: dict[str, TokenStore]) -> dict[str, Batches]:
-    settings = this.config[name]
-    shared = dict(
-        pairs_per_row=settings.pairs_per_row,
-        num_buckets=settings.num_buckets,
-        layout=settings.layout,
-    )
-    train = Batches(
-        stores["train"],
-        batch_size=settings.batch_size,
-        epochs=settings.epochs,
-        seed=this.config.seed,
-        **shared,
-    )
-    if train.num_groups % settings.micro_batches:
-        raise InputError(
-            f"{name}.micro_batches: {settings.micro_batches} does not divide the batch's "
-            f"{train.num_groups} rows of pairs"
-        )
-    evaluation = Batches(stores["eval"], batch_size=settings.eval_batch_size, **shared)
-    return {"train": train, "eval": evaluation}
-
-
 def _add_reference(this: Run, stage: Stage, start: Start) -> Any:
-    """Give the batches the reference's log-probabilities; returns its parameters if loaded.
+    """Give the batches the reference's log-probabilities; returns its parameters.
 
-    They are the parameters that training starts from, and are loaded at most once.
+    They are the parameters that training starts from. Also where the numbers are there already
+    some are computed again: that they are of these weights is seen, not believed.
     """
-    load = functools.cache(start.load)
-    logps = jax.jit(functools.partial(token_logps, this.model))
-    put = functools.partial(put_batch, mesh=this.mesh)
+    name, params = stage.name, start.load()
+    logps = jax.jit(functools.partial(token_logps, stage.model))
+    compute = lambda batch: logps(params, put_batch(batch, this.mesh))
+    made_from = _made_from(this, stage.settings, params)
+    noise, dtype = 0.0, this.model.dtype
     for side, data in stage.batches.items():
+        in_order = in_rows(this.config, name, data.store, this.mesh, "eval_batch_size")
+        with ProgressLine(f"reference {side}", len(data.store)) as line:
+            data.reference = reference.kept(
+                stage.folder / f"reference/{side}.npy",
+                made_from | {"tokens": data.store.key},
+                compute,
+                in_order,
+                progress=lambda done, seen: line.update(done, seen=seen),  # noqa: B023
+            )
+        try:
+            noise = max(noise, reference.check(compute, data, dtype=dtype, seed=this.config.seed))
+        except InputError as error:
+            raise InputError(
+                f"{name} {side}: {error}; delete {stage.folder / 'reference'} to have them "
+                "computed again"
+            ) from error
+    console.print(
+        f"{name}: reference {start.source}: noise floor of a token's log-probability: {noise:.1e} "
+        f"nats ({dtype}); of its reward: {stage.settings.beta * noise:.1e}"
+    )
+    return params
 
-        def compute(data=data, side=side):
-            params, total = load(), len(data.store)
-            with ProgressLine(f"reference {side}", total) as line:
-                return reference.reference_token_logps(
-                    lambda batch: logps(params, put(batch)),
-                    data.store,
-                    batch_size=stage.settings.eval_batch_size,
-                    num_buckets=len(data.shapes),
-                    progress=lambda done: line.update(done, seen=done),
-                )
 
-        manifest = {"weights": start.source, "tokens": data.store.key, "dtype": this.model.dtype}
-        file = stage.folder / f"reference/{side}.npy"
-        data.reference = reference.kept(file, manifest, compute)
-    return load() if load.cache_info().currsize else None
+def _made_from(this: Run, settings: ConfigDict, params: Any) -> dict[str, Any]:
+    """What decides about the reference's numbers, beside the tokens."""
+    numbers = ("num_heads", "rotary_pct", "rotary_base", "layer_norm_epsilon", "parallel_residual")
+    limits = ("max_length", "max_prompt_length", "truncation")
+    return {
+        "weights": reference.fingerprint(params),
+        "model": {field: getattr(this.model, field) for field in numbers},
+        "truncation": {key: settings[key] for key in limits},
+        "dtype": this.model.dtype,
+    }
 
 
 def _state(this: Run, start: Start, params: Any, tx, checkpoints: Checkpoints):

@@ -41,7 +41,9 @@ def token_logps(config: PythiaConfig, params: Any, batch: Batch) -> Float[Array,
         config, params, batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids
     )
     hidden = qfunction.scored_hidden(hidden, batch.scored_positions)
-    return qfunction.token_logps(hidden, params["unembedding"], batch.targets)
+    return qfunction.token_logps(
+        hidden, params["unembedding"], batch.targets, logits_memory=config.logits_memory
+    )
 
 
 def sft_objective(config: PythiaConfig) -> Objective:

@@ -1,9 +1,10 @@
 """The loop: batches in order, one update each, evaluation, checkpoints, a line a step.
 
+The programs of all row shapes are compiled before the first step, and none after it.
 Observers look at the parameters at a cadence of their own, and change nothing.
 
-Left out: what an update does (`step`), where the pieces come from (`stages`), and what
-observers see (`samples`, `drift`).
+Left out: what an update does (`step`), where the pieces come from (`stages`), what
+observers see (`samples`, `drift`), and what a speed is (`accounting`).
 """
 
 import functools
@@ -12,12 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxdpo import InputError, sharding
-from jaxdpo.batching import Batch, Batches, prefetch
+from jaxdpo.accounting import Accounts
+from jaxdpo.batching import Batch, Batches, RowShape, prefetch
 from jaxdpo.checkpoint import Checkpoints
-from jaxdpo.metrics import MetricsWriter, ProgressLine
+from jaxdpo.compilation import Programs, compile_all
+from jaxdpo.metrics import MetricsWriter, ProgressLine, SpeedLog, console
+from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import Record, cut_log, line
 from jaxdpo.step import Metrics, TrainState, means
 
@@ -49,8 +54,10 @@ class Loop(NamedTuple):
     """What the loop calls and obeys; everything in it is fixed over the stage."""
 
     name: str
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    eval_step: Callable[[Any, Batch], Metrics]
+    model: PythiaConfig
+    micro_batches: int
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # jitted
+    eval_step: Callable[[Any, Batch], Metrics]  # jitted
     schedule: Callable[[int], Any]
     put: Callable[[Batch], Batch]
     source: str  # the training data, for people
@@ -67,6 +74,44 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     place = NamedSharding(mesh, sharding.batch_spec)
     put = functools.partial(jax.make_array_from_process_local_data, place)
     return jax.tree.map(put, batch)
+
+
+def abstract_batch(batch: Batch, shape: RowShape) -> Batch:
+    """The shapes that a batch of another row shape has, placed as this one is."""
+    rows = shape.rows * (batch.tokens.shape[0] // batch.examples.shape[0])
+    sizes = dict.fromkeys(Batch._fields[:4], (rows, shape.length))
+    sizes |= dict.fromkeys(Batch._fields[4:], (rows, shape.scored))
+    sizes["examples"] = (shape.rows, shape.pairs)
+
+    def one(name, x):
+        if x is not None:
+            return jax.ShapeDtypeStruct(sizes[name], x.dtype, sharding=x.sharding)
+
+    return Batch(*map(one, Batch._fields, batch))
+
+
+def compiled_ahead(loop: Loop, state: TrainState, batches: dict[str, Batches]) -> Loop:
+    """The loop with both steps compiled for all row shapes, and its learning rates known.
+
+    Raises `InputError` where a step does not fit the memory of a device. A learning rate that
+    was computed in the loop would have to wait for the step that a device is at.
+    """
+
+    def programs(function, first, data):
+        like = loop.put(data[0])
+        return Programs(function, first, [abstract_batch(like, shape) for shape in data.shapes])
+
+    steps = {
+        "train_step": programs(loop.train_step, state, batches["train"]),
+        "eval_step": programs(loop.eval_step, state.params, batches["eval"]),
+    }
+    console.print(f"{loop.name}: compiling {sum(map(len, steps.values()))} programs ...")
+    try:
+        compile_all(list(steps.values()))
+    except InputError as error:
+        raise InputError(f"{loop.name}: {error}") from error
+    rates = jax.device_get(loop.schedule(np.arange(len(batches["train"]))))
+    return loop._replace(**steps, schedule=rates.__getitem__)
 
 
 def due(every: int, step: int, total: int) -> bool:
@@ -96,59 +141,80 @@ def train_loop(
     checkpoints: Checkpoints,
     folder: Path,
 ) -> None:
-    """Train from step `start` to the last batch, leaving checkpoints and `metrics.jsonl`.
+    """Train from step `start` to the last batch, leaving checkpoints and logs in `folder`.
 
     A step's metrics are fetched while the next one runs. Before a checkpoint they are
     written to disk, so that a resumed run finds the lines of all steps before it.
     """
-    total = len(batches["train"])
-
-    def observed(step: int, params: Any) -> dict[str, float]:
-        for observer in loop.observers:
-            if due(observer.every, step, total):
-                observer.look(step, params)
-        now = due(loop.eval_every, step, total)
-        return evaluate(loop, params, batches["eval"]) if now else {}
-
+    total, after = len(batches["train"]), start if start else None
     for observer in loop.observers:
         observer.resume(start)
     # Steps in flight on fake devices can starve each other.
     block = jax.default_backend() == "cpu" and jax.device_count() > 1
-    with (
-        MetricsWriter(folder, after=start if start else None) as writer,
-        ProgressLine(loop.name, total, start=start) as progress,
-    ):
-        if start == 0:
-            evaluated = observed(0, state.params)
-            _check_first(loop, evaluated, "eval")
-            writer.write({"step": 0} | evaluated)
+    parts = jax.device_count() * loop.micro_batches
+    accounts = Accounts(loop.model, batches["train"].store.lengths, parts=parts)
+    with SpeedLog(folder, accounts, after=after) as speed:
+        loop = compiled_ahead(loop, state, batches)  # or else nothing has begun
+        console.print(f"{loop.name}: {speed.compiled()}")
+        with (
+            MetricsWriter(folder, after=after) as writer,
+            ProgressLine(loop.name, total, start=start) as progress,
+        ):
 
-        def finish(step: int, metrics: Metrics, evaluated: dict) -> None:
-            record = _record(loop, step, metrics, evaluated, batches["train"])
-            writer.write(record)
-            done = (step - start) * batches["train"].batch_size
-            progress.update(step, seen=done, loss=record["train/loss"])
+            def observed(step: int, params: Any) -> dict[str, float]:
+                with speed.on("observers"):
+                    for observer in loop.observers:
+                        if due(observer.every, step, total):
+                            observer.look(step, params)
+                with speed.on("evaluation"):
+                    now = due(loop.eval_every, step, total)
+                    return evaluate(loop, params, batches["eval"]) if now else {}
 
-        pending = None
-        for step, batch in enumerate(prefetch(batches["train"], start, total), start + 1):
-            with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
-                state, metrics = loop.train_step(state, loop.put(batch))
-            if block:
-                jax.block_until_ready(state)
-            if pending:
-                finish(*pending)
-            evaluated = observed(step, state.params)
-            pending = (step, metrics, evaluated)
-            if due(loop.checkpoint_every, step, total):
-                finish(*pending)
-                pending = None
-                writer.flush()
-                checkpoints.save(step, state, loss=evaluated.get("eval/loss"))
+            if start == 0:
+                evaluated = observed(0, state.params)
+                _check_first(loop, evaluated, "eval")
+                writer.write({"step": 0} | evaluated)
+            speed.write(start)
+
+            def finish(step: int, metrics: Metrics, evaluated: dict) -> None:
+                with speed.on("device"):
+                    metrics = jax.device_get(metrics)
+                record = _record(loop, step, metrics, evaluated, batches["train"])
+                writer.write(record)
+                done = (step - start) * batches["train"].batch_size
+                progress.update(step, seen=done, loss=record["train/loss"])
+
+            cadences = [loop.eval_every, loop.checkpoint_every, *(o.every for o in loop.observers)]
+            ahead, pending = prefetch(batches["train"], start, total), None
+            for step in range(start + 1, total + 1):
+                with speed.on("input"):
+                    batch = next(ahead)
+                with jax.transfer_guard("disallow"):  # nothing moves to or from a device unasked
+                    state, metrics = loop.train_step(state, loop.put(batch))
+                speed.add(batch)
+                stop = any(due(every, step, total) for every in cadences)
+                if block or stop:  # what is done at a stop is not the step's time
+                    with speed.on("device"):
+                        jax.block_until_ready(state)
+                if pending:
+                    finish(*pending)
+                evaluated = observed(step, state.params)
+                pending = (step, metrics, evaluated)
+                if due(loop.checkpoint_every, step, total):
+                    finish(*pending)
+                    pending = None
+                    writer.flush()
+                    with speed.on("checkpoint"):
+                        checkpoints.save(step, state, loss=evaluated.get("eval/loss"))
+                if stop:
+                    speed.write(step)
+        if start < total:
+            console.print(f"{loop.name}: {speed.summary()}")
 
 
 def _record(loop: Loop, step: int, metrics: Metrics, evaluated: dict, batches: Batches) -> dict:
     """A step's line for `metrics.jsonl`; stops the run if too many in a row were skipped."""
-    values = means(jax.device_get(metrics))
+    values = means(metrics)
     in_a_row, skipped = int(values.pop("skipped_in_a_row")), int(values["skipped"])
     if in_a_row >= loop.max_skipped_in_a_row:
         lines = [

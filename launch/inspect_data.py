@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jaxdpo import InputError, pairs, tokens
 from jaxdpo.analysis.row_table import row_table
-from jaxdpo.batching import LAYOUTS, row_shapes, rows
+from jaxdpo.batching import LAYOUTS, row_shape, rows
 
 DATA = flags.DEFINE_string("data", None, "A file of examples, or a hub name.", required=True)
 TOKENIZER = flags.DEFINE_string(
@@ -20,7 +20,7 @@ TOKENIZER = flags.DEFINE_string(
 FORMAT = flags.DEFINE_enum("format", "pairs", list(pairs.FORMATS), "What the rows look like.")
 SPLIT = flags.DEFINE_string("split", "train", "Of --data on the hub.")
 ROW = flags.DEFINE_integer("row", 0, "Which of the good examples to show, from 0.", lower_bound=0)
-PACKED = flags.DEFINE_integer("pairs_per_row", 1, "Examples in the row.", lower_bound=1)
+PACKED = flags.DEFINE_integer("examples", 1, "Examples in the row.", lower_bound=1)
 EOS = flags.DEFINE_string("eos_token", "<|endoftext|>", "The token that ends a response.")
 MAX_LENGTH = flags.DEFINE_integer("max_length", 512, "Tokens of prompt and response.")
 MAX_PROMPT = flags.DEFINE_integer(
@@ -45,8 +45,9 @@ def main() -> None:
     eos = tokens.eos_id(tokenizer, EOS.value)
     with tempfile.TemporaryDirectory() as folder:
         store = tokens.tokenize(shown, tokenizer, eos=eos, limits=limits, folder=folder)
-        shape = row_shapes(store, len(store), 1, LAYOUT.value)[-1]
-        batch = rows(store, [range(len(store))], shape, layout=LAYOUT.value)
+        groups = [range(len(store))]
+        shape = row_shape(store, groups, layout=LAYOUT.value)
+        batch = rows(store, groups, shape, layout=LAYOUT.value)
     console = Console()
     console.print(report, highlight=False)
     console.print(f"line {shown[0].line}: {store.report}", highlight=False)

@@ -1,13 +1,25 @@
-"""Strict JAX for the whole suite: eight CPU devices, no silent rank promotion."""
+"""Strict JAX for the whole suite: eight CPU devices, no silent rank promotion.
+
+What is compiled is kept until the session ends, for other tests and for the launchers that tests
+start: much of it is the same programs again.
+"""
 
 import os
+import shutil
+import tempfile
 
 # Steps in flight on fake devices starve each other on few cores unless XLA's thread pool
 # is larger than the devices; it must be set before the backend starts.
 os.environ.setdefault("NPROC", "32")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxdpo-programs-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

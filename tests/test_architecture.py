@@ -7,9 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Pure: arrays in, arrays out. Each may import only these modules of the project.
-PURE = {"qfunction": set(), "token_mdp": set(), "losses": {"qfunction"}, "sharding": set()}
-PURE |= {"pythia": {"pythia_config"}, "pythia_config": set()}
-PURE |= {"pythia_cache": {"pythia", "pythia_config", "sharding"}}
+PURE = {"qfunction": {"scored_logps"}, "token_mdp": set(), "losses": {"qfunction"}}
+PURE |= {"sharding": set(), "scored_logps": set(), "packing": set()}
+PURE |= {"accounting": {"attention", "pythia_config"}}
+PURE |= {"pythia": {"attention", "pythia_config"}, "pythia_config": set(), "attention": set()}
+PURE |= {"pythia_cache": {"attention", "pythia", "pythia_config", "sharding"}}
 # Decoding knows no model: it is given one.
 DECODING = {"scorers", "hypotheses", "top_k", "sample", "beam", "loop", "schedule"}
 PURE |= dict.fromkeys([f"decoding/{module}" for module in (*DECODING, "__init__")], DECODING)

@@ -1,17 +1,20 @@
-"""Rows against a slow twin that reads the rules off token by token; order as a pure function."""
+"""Rows against a slow twin that reads the rules off token by token; order as a pure function;
+packing that changes nothing but the padding."""
+
+import itertools
 
 import numpy as np
 import pytest
 from examples import ragged_lengths, token_store
 
-from jaxdpo import InputError
-from jaxdpo.batching import Batches, RowShape, epoch_order, prefetch, row_shapes, rows
+from jaxdpo import InputError, packing
+from jaxdpo.batching import Batches, RowShape, prefetch, row_shape, rows
 
 
 def test_a_row_worked_out_by_hand():
     store = token_store([[3, 2, 4]])
     prompt, chosen, rejected = (part.tolist() for part in store[0])
-    batch = rows(store, [[0]], RowShape(9, 7))
+    batch = rows(store, [[0]], RowShape(1, 9, 7, 1))
     # The last token of a response (its EOS) predicts nothing: it is a target only.
     assert batch.tokens[0].tolist() == prompt + chosen[:1] + rejected[:3] + [0, 0]
     assert batch.positions[0].tolist() == [0, 1, 2, 3, 3, 4, 5, 0, 0]
@@ -27,7 +30,7 @@ def test_a_row_worked_out_by_hand():
 def test_the_separate_twin_by_hand():
     store = token_store([[3, 2, 4]])
     prompt, chosen, rejected = (part.tolist() for part in store[0])
-    batch = rows(store, [[0]], RowShape(7, 5), layout="separate")
+    batch = rows(store, [[0]], RowShape(1, 7, 5, 1), layout="separate")
     assert batch.tokens.tolist() == [
         prompt + chosen[:1] + [0, 0, 0],
         prompt + rejected[:3] + [0],
@@ -67,8 +70,13 @@ def scored_by_the_rules(batch):
 def test_every_response_token_is_scored_once_from_exactly_its_prefix(layout, per_row):
     store = token_store(ragged_lengths(12, seed=1))
     groups = np.arange(12).reshape(-1, per_row)
-    shape = row_shapes(store, per_row, 1, layout)[-1]
+    shape = row_shape(store, groups, layout=layout)
     found = scored_by_the_rules(rows(store, groups, shape, layout=layout))
+    assert found == prefixes(store)
+
+
+def prefixes(store):
+    """{(example, branch): [(prefix, target)]} of a data set."""
     expected = {}
     for i in range(len(store)):
         prompt, *responses = (part.tolist() for part in store[i])
@@ -77,12 +85,37 @@ def test_every_response_token_is_scored_once_from_exactly_its_prefix(layout, per
             expected[i, branch] = [
                 (sequence[:at], sequence[at]) for at in range(len(prompt), len(sequence))
             ]
-    assert found == expected
+    return expected
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_packing_scores_every_token_once_from_exactly_its_prefix(seed):
+    """In shapes that are few, over batches that hold the examples they held unpacked."""
+    rng = np.random.default_rng(seed)
+    store = token_store(ragged_lengths(int(rng.integers(20, 60)), seed=seed))
+    batch_size, divisor = int(rng.integers(4, 17)), int(rng.integers(1, 4))
+    options = dict(row_length=int(rng.integers(22, 90)), num_buckets=int(rng.integers(1, 5)))
+    batches = Batches(store, batch_size=batch_size, seed=seed, divisor=divisor, **options)
+    assert len(set(batches.shapes)) == len(batches.shapes) <= options["num_buckets"]
+    assert batches.num_rows % divisor == 0
+    found, positions, scored = {}, 0, 0
+    for step in range(len(batches)):
+        batch = batches[step]
+        shape = RowShape(*batch.tokens.shape, batch.targets.shape[1], batch.examples.shape[1])
+        assert shape in batches.shapes and shape.length % 16 == shape.scored % 16 == 0
+        assert sorted(batch.examples[batch.examples >= 0]) == sorted(
+            i for i in batches.indices(step) if i >= 0
+        )
+        found |= scored_by_the_rules(batch)
+        positions, scored = positions + batch.tokens.size, scored + batch.targets.size
+    assert found == prefixes(store)
+    expected = store.lengths.sum() - 2 * len(store), positions, store.lengths[:, 1:].sum(), scored
+    assert batches.padding == (*expected, len(batches.shapes))
 
 
 def test_sft_rows_have_one_branch_in_either_layout():
     store = token_store([[3, 2, 0], [1, 4, 0]])
-    shape = RowShape(6, 4)
+    shape = RowShape(2, 6, 4, 1)
     for shared, separate in zip(
         rows(store, [[0], [1]], shape),
         rows(store, [[0], [1]], shape, layout="separate"),
@@ -97,7 +130,10 @@ def test_reference_values_lie_with_their_tokens(layout):
     """Let the reference of a token be a number made of its target: then they must agree."""
     store = token_store(ragged_lengths(6, seed=2))
     targets = np.concatenate([np.concatenate(store[i][1:]) for i in range(6)])
-    batches = Batches(store, batch_size=6, pairs_per_row=2, layout=layout, reference=targets * 0.5)
+    row_length = 40 if layout == "shared" else 0
+    batches = Batches(
+        store, batch_size=6, row_length=row_length, layout=layout, reference=targets * 0.5
+    )
     batch = batches[0]
     scored = batch.slots >= 0
     np.testing.assert_array_equal(batch.reference_token_logps[scored], batch.targets[scored] * 0.5)
@@ -117,13 +153,12 @@ def test_every_example_exactly_once_an_epoch(n, batch_size, epochs):
 
 def test_order_is_a_function_of_seed_and_step_alone():
     store = token_store(ragged_lengths(20))
-    make = lambda seed: Batches(store, batch_size=4, seed=seed, epochs=2)
+    make = lambda seed: Batches(store, batch_size=4, seed=seed, epochs=2, row_length=40)
     one, two = make(5), make(5)
     late = two[7]  # out of order, and from another object
     for a, b in zip(one[7], late, strict=True):
         np.testing.assert_array_equal(a, b)
     assert make(6).indices(0).tolist() != one.indices(0).tolist()
-    np.testing.assert_array_equal(epoch_order(5, 1, 20), epoch_order.__wrapped__(5, 1, 20))
     streamed = list(prefetch(make(5), 3, 10))
     assert len(streamed) == 7
     for step, batch in enumerate(streamed, 3):
@@ -138,10 +173,18 @@ def test_evaluation_keeps_the_files_order():
 @pytest.mark.parametrize("layout", ["shared", "separate"])
 def test_processes_hold_the_rows_of_the_single_process(layout):
     store = token_store(ragged_lengths(16))
+    row_length = 30 if layout == "shared" else 0
     make = lambda process: Batches(
-        store, batch_size=8, pairs_per_row=2, seed=0, layout=layout, process=process
+        store,
+        batch_size=8,
+        row_length=row_length,
+        divisor=4,
+        seed=0,
+        layout=layout,
+        process=process,
     )
     whole = make((0, 1))[1]
+    assert whole.examples.shape[1] == (1 if layout == "separate" else 2)
     parts = [make((rank, 4))[1] for rank in range(4)]
     for leaf, pieces in zip(whole, zip(*parts, strict=True), strict=True):
         if leaf is not None:
@@ -151,10 +194,73 @@ def test_processes_hold_the_rows_of_the_single_process(layout):
 def test_buckets_are_few_and_the_smallest_that_holds_is_taken():
     lengths = [[4, 2, 2]] * 8 + [[60, 20, 20]] * 8
     batches = Batches(token_store(lengths), batch_size=4, num_buckets=4)
-    used = {batches[step].tokens.shape[1] for step in range(len(batches))}
-    assert len(batches.shapes) <= 4 and len(used) == 2
-    assert used == {batches.shapes[0].length, batches.shapes[-1].length}
-    assert batches.shapes[-1].length == 112  # 60 + 19 + 19, rounded up to 16
+    assert [shape.length for shape in batches.shapes] == [16, 112]  # 60 + 19 + 19, up to 16
+    assert [batches[step].tokens.shape[1] for step in range(4)] == [16, 16, 112, 112]
+    assert batches.span == 112 and batches.num_rows == 4
+
+
+def test_a_shape_must_be_worth_its_compilation():
+    lengths = [[100, 40, 40]] * 1000 + [[90, 40, 40]] * 4  # 4 of 1004 batches could be shorter
+    assert len(Batches(token_store(lengths), batch_size=1, num_buckets=2).shapes) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_edges_are_the_best_of_all(seed):
+    rng = np.random.default_rng(seed)
+    lengths, scored = rng.integers(1, 9, 30) * 100, rng.integers(1, 400, 30)
+    found = packing.bucket_edges(lengths, scored, 3)
+
+    def work(edges):
+        which = np.searchsorted(edges, lengths)
+        return sum(edges[b] + scored[which == b].max() for b in which)
+
+    occurring = np.unique(lengths)
+    every = itertools.chain.from_iterable(
+        itertools.combinations(occurring[:-1], k) for k in range(3)
+    )
+    assert work(found) <= 1.01 * min(work(np.array([*edges, occurring[-1]])) for edges in every)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_levelling_keeps_every_example_and_never_fills_a_row_further(rows):
+    sizes = np.random.default_rng(rows).integers(1, 100, (40, 48, 2))
+    places = packing.dealt(sizes, rows)
+    fullest = lambda places: packing.loads(sizes, places, rows).max(1)
+    level = packing.levelled(sizes, places, rows, packing.POSITIONS)
+    before, after = fullest(places), fullest(level)
+    assert (after <= before)[:, packing.POSITIONS].all()
+    best = np.maximum(-(-sizes.sum(1) // rows), sizes.max(1))[:, packing.POSITIONS]
+    assert (before[:, packing.POSITIONS] >= best).all()
+    assert after[:, packing.POSITIONS].mean() < 1.05 * best.mean()
+    limits = after[:, packing.POSITIONS] + 5
+    scored = fullest(packing.levelled(sizes, level, rows, packing.SCORED, limits=limits))
+    assert (scored[:, packing.SCORED] <= after[:, packing.SCORED]).all()
+    assert rows == 1 or scored[:, packing.SCORED].mean() < 0.95 * after[:, packing.SCORED].mean()
+    assert (scored[:, packing.POSITIONS] <= limits).all()
+
+
+def like_tldr(rng, n):
+    """Posts of 308 tokens +- 100, summaries of 35: what truncation leaves of TL;DR."""
+    prompts = np.clip(rng.normal(308, 100, n), 40, 483)
+    return np.column_stack([prompts, *np.clip(rng.normal(35, 9, (2, n)), 4, 49)]).astype(int)
+
+
+def like_hh(rng, n):
+    """Dialogues and answers with heavy tails, cut to 512 tokens."""
+    means, tails = np.array([[107.0], [72.0], [54.0]]), np.array([[0.9], [1.0], [1.0]])
+    drawn = rng.lognormal(np.log(means) - tails**2 / 2, tails, (3, n)).astype(int) + 1
+    prompts = np.minimum(drawn[0], 256)
+    return np.column_stack([prompts, *np.minimum(drawn[1:], 512 - prompts)])
+
+
+@pytest.mark.parametrize("draw, positions, scored", [(like_tldr, 0.95, 0.8), (like_hh, 0.92, 0.65)])
+@pytest.mark.parametrize("divisor", [1, 8])
+def test_little_is_padding(draw, positions, scored, divisor):
+    store = token_store(draw(np.random.default_rng(0), 6400))
+    batches = Batches(store, batch_size=64, seed=0, row_length=2048, num_buckets=4, divisor=divisor)
+    found = batches.padding
+    assert found.positions / found.all_positions > positions, str(found)
+    assert found.scored / found.all_scored > scored, str(found)
 
 
 def test_fillers_weigh_nothing():
@@ -163,22 +269,32 @@ def test_fillers_weigh_nothing():
     assert batch.examples[:, 0].tolist() == [0, -1, -1, -1]
 
 
+def test_a_last_batch_of_fillers_takes_the_rows_of_the_others():
+    batches = Batches(token_store([[20, 5, 5]] * 33), batch_size=32, row_length=112)
+    last = batches[1]
+    assert last.examples.shape == batches[0].examples.shape == (8, 4)
+    assert (last.examples >= 0).sum() == 1 and len(last.tokens) == 8
+
+
 @pytest.mark.parametrize(
     "options, named",
     [
-        (dict(batch_size=6, pairs_per_row=4), "batch_size"),
-        (dict(batch_size=0), "batch_size"),
-        (dict(batch_size=6, process=(0, 4)), "batch_size"),
-        (dict(batch_size=4, pairs_per_row=0), "pairs_per_row"),
-        (dict(batch_size=4, num_buckets=0), "num_buckets"),
+        (dict(batch_size=0), "batch_size: 0 pairs cannot fill"),
+        (dict(batch_size=6, process=(0, 4)), "batch_size: 6 .* multiple of 4 .*; give a multiple"),
+        (dict(batch_size=6, divisor=4), "batch_size: 6 .* multiple of 4 .*; give a multiple"),
+        (dict(batch_size=6, divisor=8, row_length=9), "batch_size: 6 .* of 8 .*; give at least"),
+        (dict(batch_size=4, row_length=-1), "row_length: must be at least 0"),
+        (dict(batch_size=4, row_length=8), "row_length: 8 is less than the 9 .* of line 6;"),
+        (dict(batch_size=4, num_buckets=0), "num_buckets: must be at least 1"),
         (dict(batch_size=4, layout="both"), "layout"),
+        (dict(batch_size=4, layout="separate", row_length=64), "row_length: 64 has no effect"),
     ],
 )
 def test_bad_options_are_named(options, named):
     with pytest.raises(InputError, match=named):
-        Batches(token_store([[2, 1, 1]] * 8), **options)
+        Batches(token_store([[2, 1, 1]] * 5 + [[5, 3, 3]] + [[2, 1, 1]] * 2), **options)
 
 
 def test_a_row_that_does_not_fit_is_refused():
     with pytest.raises(InputError, match="needs 6 positions"):
-        rows(token_store([[3, 2, 3]]), [[0]], RowShape(5, 8))
+        rows(token_store([[3, 2, 3]]), [[0]], RowShape(1, 5, 8, 1))

@@ -169,8 +169,9 @@ def test_the_two_sides_of_equation_16_cancel_at_every_state(record, measured, mo
 def test_sums_are_the_evaluations_metrics(store, mesh, models, record):
     policy, reference = models
     logps = jax.jit(lambda batch: token_logps(TINY, reference, batch))
-    cached = reference_token_logps(lambda b: logps(put_batch(b, mesh)), store, batch_size=8)
-    [batch] = map(Batches(store, batch_size=8, reference=cached).__getitem__, range(1))
+    batches = Batches(store, batch_size=8)
+    batches.reference = reference_token_logps(lambda b: logps(put_batch(b, mesh)), batches)
+    [batch] = map(batches.__getitem__, range(1))
     objective = preference_objective(TINY, lambda *x: losses.dpo_loss(*x, beta=BETA), beta=BETA)
     metrics = means(jax.jit(objective)(policy, put_batch(batch, mesh))[2])
     shared = metrics.keys() & record.keys()

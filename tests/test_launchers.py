@@ -15,10 +15,11 @@ from jaxdpo import synthetic
 ROOT = Path(__file__).parents[1]
 
 
-def run(launcher, *arguments):
+def run(launcher, *arguments, **environment):
     return subprocess.run(
         [sys.executable, f"launch/{launcher}.py", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "400"},
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"COLUMNS": "400"} | environment,
     )  # fmt: skip
 
 
@@ -40,6 +41,19 @@ def test_inspect_data_shows_the_row_that_was_asked_for(data):
     assert "tokens are scored" in shown.stdout
     for part in ("prompt", "chosen", "rejected"):
         assert part in shown.stdout
+
+
+def test_a_folder_for_programs_that_cannot_be_written_is_one_line_of_warning(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    shown = run(
+        "inspect_data", "--data", data / "pairs_train.jsonl",
+        "--tokenizer", data / "tokenizer.json",
+        JAX_COMPILATION_CACHE_DIR=f"{tmp_path}/file/programs",
+    )  # fmt: skip
+    assert shown.returncode == 0 and "tokens are scored" in shown.stdout
+    warning, *others = shown.stderr.splitlines()
+    assert warning.startswith(f"warning: {tmp_path}/file/programs: cannot be written")
+    assert not any("warning" in line for line in others)
 
 
 def test_decode_shows_and_writes_what_a_model_says(tmp_path):

@@ -220,7 +220,8 @@ def our_run(
     else:
         store = token_store(pairs)
         token_logps = functools.partial(reference_pass, *weights(folders / "reference"))
-        cached = reference.reference_token_logps(token_logps, store, batch_size=BATCH_SIZE)
+        in_order = batching.Batches(store, batch_size=BATCH_SIZE)
+        cached = reference.reference_token_logps(token_logps, in_order)
     batches = batching.Batches(store, batch_size=BATCH_SIZE, reference=cached, **rows)
     state, history = step.initial_state(jax.tree.map(jnp.array, params), tx), []
     for s in range(num_steps):
@@ -246,11 +247,16 @@ def assert_same(ours, twin):
 
 
 @pytest.mark.parametrize(
-    ("layout", "micro_batches", "pairs_per_row"),
-    [("shared", 2, 1), ("separate", 1, 1), ("shared", 1, 2), ("separate", 2, 2)],
+    ("micro_batches", "rows"),
+    [
+        (2, {}),
+        (2, {"layout": "separate"}),
+        (1, {"row_length": 64, "num_buckets": 2}),
+        (2, {"row_length": 64, "divisor": 2}),
+    ],
+    ids=["a pair to a row", "separate rows", "packed", "packed, two micro-batches"],
 )
-def test_dpo_steps_match_the_official_ones(folders, dpo_twin, layout, micro_batches, pairs_per_row):
-    rows = {"layout": layout, "pairs_per_row": pairs_per_row}
+def test_dpo_steps_match_the_official_ones(folders, dpo_twin, micro_batches, rows):
     assert_same(our_run(folders, micro_batches=micro_batches, **rows), dpo_twin)
 
 

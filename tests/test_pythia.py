@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from jaxdpo import InputError, convert, hf_layout, pythia, pythia_config
+from jaxdpo import InputError, attention, convert, hf_layout, pythia, pythia_config
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.sharding import make_mesh
 
@@ -127,8 +127,7 @@ def split_qkv_in_blocks(monkeypatch):
 
 
 def gelu_by_tanh(monkeypatch):
-    exact = jax.nn.gelu
-    monkeypatch.setattr(jax.nn, "gelu", lambda x, approximate: exact(x, approximate=True))
+    monkeypatch.setattr(pythia, "_gelu", lambda x: jax.nn.gelu(x, approximate=True))
     return {}
 
 
@@ -228,7 +227,7 @@ def test_the_mask_equals_three_loops():
         for k in range(q + 1):
             if segments[k] == segments[q]:
                 expected[q, k] = branches[k] == 0 or branches[k] == branches[q]
-    mask = pythia.attention_mask(jnp.asarray(segments)[None], jnp.asarray(branches)[None])
+    mask = attention.attention_mask(jnp.asarray(segments)[None], jnp.asarray(branches)[None])
     np.testing.assert_array_equal(mask[0], expected)
 
 

@@ -36,7 +36,7 @@ def test_a_recipe_can_run_and_says_what_to_expect(path):
             assert stage.data.format in FORMATS
             recipe.optimizer(name, stage, 10)
             # Rows that eight devices can share.
-            assert stage.batch_size % (stage.micro_batches * stage.pairs_per_row * 8) == 0
+            assert stage.batch_size % (stage.micro_batches * 8) == 0
             assert stage.eval_batch_size % 8 == 0
 
 

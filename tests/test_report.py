@@ -428,7 +428,7 @@ def test_row_table_shows_what_each_token_predicts():
     pieces = synthetic.tokenizer()
     store = token_store([[2, 2, 3]], vocab_size=pieces.get_vocab_size())
     _, chosen, rejected = store[0]
-    table = row_table(rows(store, [[0]], RowShape(6, 5)), 0, pieces)
+    table = row_table(rows(store, [[0]], RowShape(1, 6, 5, 1)), 0, pieces)
     cells = [[str(cell) for cell in column.cells] for column in table.columns]
     assert cells[0] == ["0", "1", "2", "3", "4"]
     assert cells[3] == ["prompt", "prompt", "chosen", "rejected", "rejected"]

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdpo import InputError, pythia, sharding
+from jaxdpo import InputError, pythia, qfunction, sharding
 
 CONFIG = pythia.PythiaConfig(
     vocab_size=64, num_layers=2, num_heads=4, width=32, mlp_width=48, rotary_pct=0.5
@@ -126,7 +126,7 @@ def compiled_gradient(mesh):
 
     def loss(params, *row):
         hidden = pythia.hidden_states(CONFIG, params, *row)
-        return jnp.sum(pythia.unembed(hidden, params["unembedding"]) ** 2)
+        return jnp.sum(qfunction.token_logps(hidden, params["unembedding"], row[0]))
 
     params = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),

@@ -12,14 +12,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from jaxdpo import InputError, runs, stages
+from jaxdpo import InputError, runs, stages, train
 from jaxdpo.analysis import trajectories
 from jaxdpo.checkpoint import Checkpoints, abstract
 from jaxdpo.metrics import read_metrics
 from jaxdpo.pythia import init_params
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import read_log
+from jaxdpo.reference import fingerprint
 from jaxdpo.tokens import load_tokenizer
 from jaxdpo.train import Observer
 
@@ -34,7 +36,7 @@ TINY = {
     "model.overrides.width": 16,
     "model.overrides.mlp_width": 32,
     **{f"{stage}.batch_size": 8 for stage in ("sft", "dpo")},
-    **{f"{stage}.eval_batch_size": 8 for stage in ("sft", "dpo")},
+    **{f"{stage}.eval_batch_size": 12 for stage in ("sft", "dpo")},  # in eight rows
     **{f"{stage}.eval_every": 4 for stage in ("sft", "dpo")},
     **{f"{stage}.checkpoint_every": 2 for stage in ("sft", "dpo")},
     **{f"{stage}.epochs": 2 for stage in ("sft", "dpo")},
@@ -89,9 +91,23 @@ def test_dpo_begins_at_log_2_and_the_reference_is_data(finished):
 
 
 @pytest.mark.slow
+def test_all_is_compiled_before_the_first_step_and_speed_is_told(finished):
+    for stage in ("sft", "dpo"):
+        before, *records = read_log(finished / stage / "speed.jsonl")
+        assert before["step"] == before["steps"] == 0
+        assert before["programs"] >= {"sft": 2, "dpo": 3}[stage]  # DPO has two row shapes here
+        assert [record["step"] for record in records] == [2, 4, 6, 8, 10, 12]
+        assert {record["programs"] for record in records} == {0}
+        assert sum(record["pairs"] for record in records) == 96
+        for record in records:
+            assert 0 < record["model_tflops_per_second"] < record["hardware_tflops_per_second"]
+            assert 0 < record["real_positions_share"] <= 1 and "mfu" not in record
+
+
+@pytest.mark.slow
 def test_dpo_starts_from_the_last_checkpoint_of_sft(finished):
-    manifest = json.loads((finished / "dpo/reference/train.json").read_text())
-    assert manifest["weights"] == f"sft step {TOTAL}"
+    manifest = json.loads((finished / "dpo/reference/train.json").read_text())["manifest"]
+    assert manifest["weights"] == fingerprint(params_of(finished / "sft/checkpoints"))
 
 
 @pytest.mark.slow
@@ -100,6 +116,35 @@ def test_a_finished_run_is_not_run_again(finished, capfd):
     stages.run(recipe(), finished)
     assert {p: p.stat().st_mtime_ns for p in finished.glob("*/metrics.jsonl")} == before
     assert "finished at step 12" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_no_second_copy_of_the_parameters_lives_in_training(finished, tmp_path):
+    """Also where the reference was loaded to look at its numbers, and training goes on."""
+    counted = lambda: sum(array.shape == (320, 16) for array in jax.live_arrays())
+    before, found = counted(), []
+
+    def looked(loop, state, first, batches, checkpoints, folder):
+        found.append((first, counted() - before))
+        if first == 0:
+            checkpoints.save(1, state, loss=None)
+        raise KeyboardInterrupt
+
+    def restored(*arguments):
+        found.append(("restored beside", counted() - before))
+        return restore(*arguments)
+
+    config = recipe(stages=("dpo",), model__weights=f"{finished}:sft", model__name="")
+    config.model.overrides = ConfigDict()
+    restore = Checkpoints.restore
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "train_loop", looked)
+        patch.setattr(Checkpoints, "restore", restored)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                stages.run(config, tmp_path)
+    # Embedding and unembedding, and the two moments of each.
+    assert found == [(0, 6), ("restored beside", 0), (1, 6)]
 
 
 @pytest.mark.slow
@@ -154,7 +199,7 @@ def killed_at(workdir, stage, step):
 
 @pytest.mark.slow
 def test_killed_three_times_and_resumed_is_bit_for_bit_the_same(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole, broken = both = tmp_path / "whole", tmp_path / "broken"
     _, errors = launch(whole).communicate(timeout=240)
     assert (whole / "dpo/done.json").exists(), errors.decode()
     for stage, step in (("sft", 5), ("dpo", 3), ("dpo", 8)):
@@ -169,6 +214,8 @@ def test_killed_three_times_and_resumed_is_bit_for_bit_the_same(tmp_path):
         final = [params_of(run / stage / "checkpoints") for run in (whole, broken)]
         for a, b in zip(*map(jax.tree.leaves, final), strict=True):
             np.testing.assert_array_equal(a, b)
+        covered = [sum(r["steps"] for r in read_log(run / stage / "speed.jsonl")) for run in both]
+        assert covered == [TOTAL, TOTAL]
     one, two = (trajectories.read(run / "dpo") for run in (whole, broken))
     assert one == two and [record["step"] for record in two] == [0, 5, 10, TOTAL]
 
@@ -182,6 +229,7 @@ def params_of(folder):
 
 
 MISTAKES = {
+    "dtype that the device lacks": (dict(model__dtype="float16"), "model.dtype: float16"),
     "missing data": (dict(sft__data__train="nowhere.jsonl"), "nowhere.jsonl"),
     "missing tokenizer": (dict(tokenizer="nowhere.json"), "nowhere.json"),
     "two evaluation sets": (dict(sft__data__test_fraction=0.1), "test_fraction"),
@@ -189,8 +237,14 @@ MISTAKES = {
     "stage twice": (dict(stages=("sft", "sft")), "stages"),
     "unknown stage": (dict(stages=("rlhf",)), "stages"),
     "vocabulary too small": (dict(model__overrides__vocab_size=256), "tokenizer"),
-    "batch over devices": (dict(sft__batch_size=12), "batch rows"),
-    "batch over micro-batches": (dict(sft__micro_batches=3), "micro_batches"),
+    "batch over devices": (dict(sft__batch_size=4), r"sft \(batch_size=4\): batch_size: 4 pairs"),
+    "rows over devices": (
+        dict(sft__eval_batch_size=12, sft__row_length=0),
+        r"sft \(eval_batch_size=12\): .* give a multiple",
+    ),
+    "batch over micro-batches": (dict(sft__micro_batches=3), "batch_size: 8 .* multiple of 24"),
+    "rows too short": (dict(dpo__row_length=16), "row_length: 16 is less than the .* line"),
+    "separate rows cannot be packed": (dict(dpo__layout="separate"), "dpo.row_length: has no"),
     "heads over tensor": (dict(mesh__tensor=8, mesh__data=1), "num_heads"),
     "mesh over devices": (dict(mesh__data=3), "devices"),
     "folder without weights": (dict(model__weights="{workdir}", model__name=""), "config.json"),
@@ -253,6 +307,16 @@ def test_a_mistake_does_not_spoil_the_folder(tmp_path):
     ):
         with pytest.raises(InputError, match=named):
             stages.run(recipe(stages=("dpo",), **changes), tmp_path)
+
+
+def test_a_step_that_does_not_fit_has_begun_nothing(tmp_path, monkeypatch):
+    def full(programs):
+        raise InputError("does not fit")
+
+    monkeypatch.setattr(train, "compile_all", full)
+    for batch_size in (16, 8):  # or the second would be another configuration
+        with pytest.raises(InputError, match="^sft: does not fit"):
+            stages.run(recipe(stages=("sft",), sft__batch_size=batch_size), tmp_path)
 
 
 @pytest.mark.parametrize("changes, named", MISTAKES.values(), ids=MISTAKES.keys())

@@ -10,8 +10,8 @@ import optax
 import pytest
 from examples import TINY, ragged_lengths, token_store
 
-from jaxdpo import losses, pythia, sharding
-from jaxdpo.batching import RowShape, row_shapes, rows
+from jaxdpo import batching, losses, pythia, sharding
+from jaxdpo.batching import Batches, row_shape
 from jaxdpo.reference import reference_token_logps
 from jaxdpo.step import (
     initial_state,
@@ -47,19 +47,20 @@ def params():
 def reference():
     """Another model's log-probabilities, so that no reward is zero."""
     other = make_params(1)
-    return reference_token_logps(partial(logps_of, other), STORE, batch_size=8)
+    return reference_token_logps(partial(logps_of, other), Batches(STORE, batch_size=8))
 
 
 def batch_of(groups, *, layout="shared", reference=None, store=STORE, slack=0):
     groups = np.array(groups)
-    length, scored = row_shapes(store, groups.shape[1], 1, layout)[-1]
-    shape = RowShape(length + slack, scored + slack)
-    return rows(store, groups, shape, layout=layout, reference=reference)
+    shape = row_shape(store, groups, layout=layout)
+    shape = shape._replace(length=shape.length + slack, scored=shape.scored + slack)
+    return batching.rows(store, groups, shape, layout=layout, reference=reference)
 
 
 ALONE = np.arange(8)[:, None]
 result = jax.jit(sums_and_grads, static_argnums=(0, 3))  # (objective, params, batch, micro_batches)
 CASES = {
+    "a pair to a row": dict(groups=ALONE),
     "separate rows": dict(groups=ALONE, layout="separate"),
     "two pairs to a row": dict(groups=ALONE.reshape(4, 2)),
     "four pairs to a row": dict(groups=[[5, 0, 3, 6], [1, 7, 2, 4]]),
@@ -86,14 +87,49 @@ def check_equal(found, expected, tolerance=1e-5):
 
 
 @pytest.fixture(scope="module")
-def plain(params, reference):
-    """The plain twin's result: one pair to a row of its own, one micro-batch, one device."""
-    return result(DPO, params, batch_of(ALONE, reference=reference), 1)
+def plain(params):
+    """The plain twin's result: a row for each response, all logits, the reference in the step."""
+    sequences = [
+        [np.concatenate([x, y]) for y in (chosen, rejected)] for x, chosen, rejected in STORE
+    ]
+    width = max(len(sequence) for pair in sequences for sequence in pair)
+    tokens = np.stack([[np.pad(s, (0, width - len(s))) for s in pair] for pair in sequences])
+    tokens = tokens.reshape(16, width)
+    lengths, prompts = np.array([[len(s) for s in pair] for pair in sequences]), STORE.lengths[:, 0]
+    at = np.broadcast_to(np.arange(width), (16, width))
+    scored = (np.repeat(prompts, 2)[:, None] <= at) & (at < lengths.reshape(16, 1))
+
+    def sums(params):
+        row = tokens, at.astype(np.int32), np.ones_like(tokens), np.zeros_like(tokens)
+        hidden = pythia.hidden_states(TINY, params, *map(jnp.asarray, row))
+        logps = jax.nn.log_softmax(hidden @ params["unembedding"].T)[:, :-1]
+        logps = jnp.take_along_axis(logps, tokens[:, 1:, None], axis=2)[..., 0]
+        return jnp.where(scored[:, 1:], logps, 0).sum(1).reshape(8, 2)
+
+    def loss_first(params):
+        logps = sums(params)
+        rewards = 0.3 * (logps - jax.lax.stop_gradient(sums(make_params(1))))
+        margins = rewards[:, 0] - rewards[:, 1]
+        values = {"loss": -jax.nn.log_sigmoid(margins), "rewards/accuracies": margins > 0}
+        values |= {"rewards/margins": margins}
+        for side, name in enumerate(("chosen", "rejected")):
+            values |= {f"rewards/{name}": rewards[:, side], f"logps/{name}": logps[:, side]}
+        metrics = {name: (value.sum(), 8) for name, value in values.items()}
+        return values["loss"].sum(), metrics
+
+    (_, metrics), grads = jax.jit(jax.value_and_grad(loss_first, has_aux=True))(params)
+    return grads, 8, metrics
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_layout_and_packing_change_nothing(params, reference, plain, case):
     check_equal(result(DPO, params, batch_of(**case, reference=reference), 1), plain)
+
+
+def test_packing_by_length_changes_nothing(params, reference, plain):
+    batches = Batches(STORE, batch_size=8, seed=0, row_length=50, divisor=2, reference=reference)
+    assert batches.shapes[0].rows == 2
+    check_equal(result(DPO, params, batches[0], 2), plain)
 
 
 @pytest.mark.parametrize("micro_batches", [2, 8])
@@ -117,7 +153,7 @@ def test_sft_is_the_mean_of_summed_log_probabilities(params):
 
 
 def test_policy_equal_to_reference_is_log_2_with_no_accuracy(params):
-    own = reference_token_logps(partial(logps_of, params), STORE, batch_size=8)
+    own = reference_token_logps(partial(logps_of, params), Batches(STORE, batch_size=8))
     metrics = means(jax.jit(DPO)(params, batch_of(ALONE, reference=own))[2])
     assert metrics["loss"] == pytest.approx(np.log(2), abs=1e-6)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
@@ -178,15 +214,23 @@ def on_one_device(params, reference):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "axes, micro_batches, layout",
-    [((8, 1, 1), 1, "shared"), ((2, 2, 2), 1, "shared"), ((2, 2, 2), 2, "separate")],
-    ids=["8x1x1", "2x2x2", "2x2x2, separate rows, two micro-batches"],
+    "axes, micro_batches, rows",
+    [
+        (
+            (8, 1, 1),
+            1,
+            dict(groups=[[0, 1, 2], [3, 4, -1], *[[i, -1, -1] for i in (5, -1, 6, 7, -1, -1)]]),
+        ),
+        ((2, 2, 2), 1, dict(groups=ALONE.reshape(4, 2))),
+        ((2, 2, 2), 2, dict(groups=ALONE, layout="separate")),
+    ],
+    ids=["8x1x1, packed", "2x2x2, packed", "2x2x2, separate rows, two micro-batches"],
 )
 def test_any_mesh_gives_the_same_parameters(
-    params, reference, on_one_device, axes, micro_batches, layout
+    params, reference, on_one_device, axes, micro_batches, rows
 ):
     mesh = sharding.make_mesh(data=axes[0], fsdp=axes[1], tensor=axes[2])
-    batch = batch_of(ALONE, layout=layout, reference=reference)
+    batch = batch_of(**rows, reference=reference)
     state, history, _ = trained(params, batch, mesh, micro_batches=micro_batches)
     single, single_history, _ = on_one_device
     for here, there in zip(history, single_history, strict=True):

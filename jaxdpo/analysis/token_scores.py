@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from tokenizers import Encoding, Tokenizer
 
 from jaxdpo import InputError, step
-from jaxdpo.batching import Batch, Batches, prefetch
+from jaxdpo.batching import Batch, Batches
 from jaxdpo.completions import rows_of
 from jaxdpo.language_models import LanguageModel
 from jaxdpo.metrics import ProgressLine
@@ -145,9 +145,8 @@ def token_logps(
     with ProgressLine(label, len(store), unit="examples") as line:
         logps = reference_token_logps(
             _scorer(model),
-            store,
-            batch_size=rows_of(_mesh(model), min(batch_size, len(store))),
-            progress=lambda done: line.update(done, seen=done),
+            Batches(store, batch_size=rows_of(_mesh(model), min(batch_size, len(store)))),
+            progress=lambda done, seen: line.update(done, seen=seen),
         )
     if not np.isfinite(logps).all():
         raise InputError(f"{model.name}: log-probabilities are not finite; look at the weights")
@@ -175,10 +174,10 @@ def noise_floor(
     rows, score = functools.partial(rows_of, _mesh(model)), _scorer(model)
     other = rows(_other_rows(rows(min(_ROWS, len(store))), int(few.lengths.sum(axis=1).max())))
     largest = 0.0
-    for shape in (dict(batch_size=2 * rows(1), pairs_per_row=2), dict(batch_size=other)):
-        batches = Batches(few, **shape)
-        found = prefetch(batches, 0, len(batches))
-        again = np.concatenate([jax.device_get(score(one))[one.slots >= 0] for one in found])
+    two = 2 * int(few.lengths.sum(axis=1).max())  # positions that any two examples have room in
+    packed = dict(batch_size=2 * rows(1), row_length=two, divisor=rows(1))
+    for shape in (packed, dict(batch_size=other)):
+        again = reference_token_logps(score, Batches(few, **shape))
         largest = max(largest, float(np.abs(again - logps[: len(again)]).max()))
     return largest
 

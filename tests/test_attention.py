@@ -1,0 +1,192 @@
+"""Every program of attention against a softmax written out; what is kept; a TPU's compiler."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from examples import ragged_lengths, token_store
+
+from jaxdpo import attention
+from jaxdpo.batching import RowShape, rows
+
+LENGTH, SPAN = 64, 21  # no example of `row_ids` is longer than 20
+HEADS = (2, 16)
+
+
+def row_ids():
+    """Segments and branches of two rows of three ragged pairs, with padding after them."""
+    batch = rows(token_store(ragged_lengths(6)), [[0, 1, 2], [3, 4, 5]], RowShape(2, LENGTH, 48, 3))
+    return jnp.asarray(batch.segment_ids), jnp.asarray(batch.branch_ids)
+
+
+def heads_and_weights(ids, *, dtype="float32"):
+    """Queries, keys and values, and what to weigh the output with: nothing where it pads."""
+    shape = (*ids[0].shape, *HEADS)
+    drawn = np.random.default_rng(0).normal(size=(4, *shape))
+    *heads, weights = (jnp.asarray(x, dtype) for x in drawn)
+    return heads, weights * (ids[0] > 0)[..., None, None]
+
+
+def written_out(q, k, v, segment_ids, branch_ids):
+    """Attention as the textbook has it, with a mask of three loops."""
+    scores = jnp.einsum("bqnh,bknh->bnqk", q, k) / np.sqrt(q.shape[-1])
+    mask = np.zeros(scores.shape[0:1] + scores.shape[2:], bool)
+    segments, branches = np.asarray(segment_ids), np.asarray(branch_ids)
+    for b, query, key in np.argwhere(np.ones_like(mask)):
+        same_branch = branches[b, key] in (0, branches[b, query])
+        mask[b, query, key] = (
+            key <= query and segments[b, key] == segments[b, query] and same_branch
+        )
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
+    return jnp.einsum("bnqk,bknh->bqnh", weights, v)
+
+
+def value_and_grads(attended, heads, weights, ids):
+    weighed = lambda *heads: jnp.sum(attended(*heads, *ids) * weights)
+    return jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2)))(*heads)
+
+
+def assert_equal(found, expected, tolerance):
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        np.testing.assert_allclose(x, y, atol=tolerance * np.abs(y).max())
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return row_ids()
+
+
+@pytest.fixture(scope="module")
+def expected(ids):
+    return value_and_grads(written_out, *heads_and_weights(ids), ids)
+
+
+@pytest.mark.parametrize("block, span", [(256, None), (8, None), (8, SPAN), (24, SPAN)])
+def test_blocks_equal_attention_written_out(block, span, ids, expected, monkeypatch):
+    """Also where the last block is ragged, and keys are left out because they are too far."""
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    attended = functools.partial(attention.attend, span=span)
+    assert_equal(value_and_grads(attended, *heads_and_weights(ids), ids), expected, 1e-6)
+
+
+def test_a_span_shorter_than_an_example_is_noticed(ids, expected, monkeypatch):
+    """So the tests above would fail if keys were dropped that are still to be seen."""
+    monkeypatch.setattr(attention, "_BLOCK", 8)
+    attended = functools.partial(attention.attend, span=4)
+    found, _ = value_and_grads(attended, *heads_and_weights(ids), ids)
+    assert abs(found - expected[0]) > 1e-3 * abs(expected[0])
+
+
+def test_bfloat16_is_near_and_its_softmax_is_not_bfloat16(ids, expected):
+    heads, weights = heads_and_weights(ids, dtype="bfloat16")
+    assert_equal(value_and_grads(attention.attend, heads, weights, ids), expected, 2e-2)
+    scores = jax.make_jaxpr(lambda *heads: attention.attend(*heads, *ids))(*heads)
+    assert "exp" in str(scores) and not [
+        line for line in str(scores).splitlines() if "= exp " in line and "bf16" in line
+    ]
+
+
+@pytest.mark.slow
+def test_the_tpu_kernel_equals_attention_written_out(monkeypatch):
+    """The Pallas kernel, interpreted: rows of 256, whose pairs see prompts from both branches."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    interpreted = functools.partial(splash.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash, "make_splash_mha", interpreted)
+    store = token_store(ragged_lengths(6, longest=(90, 40, 40)))
+    batch = rows(store, [[0, 1], [2, 3]], RowShape(2, 256, 160, 2))
+    ids = jnp.asarray(batch.segment_ids), jnp.asarray(batch.branch_ids)
+    inputs = heads_and_weights(ids)
+    of = lambda how: functools.partial(attention.attend, span=176, implementation=how)
+    found, expected = (value_and_grads(of(how), *inputs, ids) for how in ("splash", "blocks"))
+    assert_equal(found, expected, 1e-5)  # other blocks, so other sums
+
+
+def kept(function, *args):
+    """The shapes of all that a function keeps for its backward pass."""
+    pull_back = lambda *args: jax.vjp(function, *args)[1]
+    return [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(pull_back, *args))]
+
+
+def test_nothing_square_is_kept_for_the_backward_pass(ids):
+    """Where the attention of `jax.nn` keeps the weights of every query for every key."""
+    heads, _ = heads_and_weights(ids)
+    plain = lambda *heads: jax.nn.dot_product_attention(
+        *heads, mask=attention.attention_mask(*ids)[:, None]
+    )
+    ours = lambda *heads: attention.attend(*heads, *ids)
+    square = lambda shapes: [shape for shape in shapes if shape[-2:] == (LENGTH, LENGTH)]
+    assert square(kept(plain, *heads)) and not square(kept(ours, *heads))
+
+
+def test_rematerialisation_can_save_attention(ids):
+    """Under a policy that keeps it, no softmax is computed a second time before its gradient."""
+    heads, _ = heads_and_weights(ids)
+
+    def exponentials(policy):
+        ours = jax.checkpoint(lambda *heads: attention.attend(*heads, *ids).sum(), policy=policy)
+        compiled = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2))).lower(*heads)
+        return compiled.as_text().count("stablehlo.exponential")
+
+    policies = jax.checkpoint_policies
+    assert exponentials(policies.save_only_these_names(attention.SAVED)) == 2
+    assert exponentials(policies.nothing_saveable) == 3
+
+
+def test_which_program_runs_where():
+    fastest = attention.fastest
+    assert fastest("cpu", dtype="bfloat16", head_width=64) == "blocks"
+    assert fastest("tpu", dtype="float32", head_width=80) == "splash"
+    assert fastest("gpu", dtype="bfloat16", head_width=80) == "cudnn"
+    assert fastest("gpu", dtype="float32", head_width=80) == "blocks"  # cuDNN has half precision
+    assert fastest("gpu", dtype="bfloat16", head_width=256) == "blocks"
+    assert fastest("gpu", dtype="bfloat16", head_width=4) == "blocks"
+
+
+def test_a_kernel_is_tried_before_it_is_taken(monkeypatch):
+    tried = functools.partial(attention.fault, dtype="float32", num_heads=2, head_width=8)
+    assert tried("splash").startswith("ValueError")  # there is none for a CPU
+    monkeypatch.setattr(attention, "_splash", lambda *inputs: 1.01 * attention._blocks(*inputs))
+    assert tried("splash") == "differs by 1.0e-02 of the largest number"
+    monkeypatch.setattr(attention, "_splash", attention._blocks)
+    assert not tried("splash")
+
+
+AHEAD = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxdpo import attention, sharding
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=devices)
+spec = lambda *axes: NamedSharding(mesh, P(("data", "fsdp"), *axes))
+heads = jax.ShapeDtypeStruct((8, 512, 4, 80), jnp.bfloat16, sharding=spec(None, "tensor"))
+ids = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=spec())
+
+def loss(q, k, v, *ids):
+    out = attention.attend(q, k, v, *ids, span=300, implementation="splash")
+    return jnp.sum(out.astype(jnp.float32) ** 2)
+
+with jax.set_mesh(mesh):
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(heads, heads, heads, ids, ids)
+text = lowered.compile().as_text()
+assert "tpu_custom_call" in text, "no kernel"
+assert "all-gather" not in text and "all-to-all" not in text, "rows or heads are moved"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="a TPU's compiler: pip install libtpu"
+)
+def test_the_tpu_kernel_compiles_for_a_slice_without_moving_anything():
+    environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", AHEAD], env=environment, check=True)
