@@ -43,6 +43,8 @@ def run(job: Job, *, allocator: str = "kept", python: str = sys.executable) -> d
     """What the contender says: see `answer`; or `{"skipped": why}`."""
     environment = os.environ | {"GLIBC_TUNABLES": ALLOCATORS[allocator]}
     environment |= {"OMP_NUM_THREADS": str(job.task.threads), "TOKENIZERS_PARALLELISM": "false"}
+    # As launch/door.py has it.
+    environment |= {"XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=false"}
     command = [python, __file__, json.dumps(job)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

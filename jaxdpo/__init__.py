@@ -11,6 +11,7 @@ Data flows through the modules in this order:
     packing      which examples of a batch share a row; the few shapes of a run's batches
     sharding     the device mesh; the table parameter -> PartitionSpec
     pythia_config  the numbers of a model: published sizes, Hugging Face's config.json
+    attention    who sees whom in a row, and which program computes it on which device
     pythia       the GPT-NeoX model: tokens -> hidden states; the unembedding
     pythia_cache  the model one token at a time, over a pool of keys and values
     hf_layout    how Hugging Face names and lays out the tensors: one table
@@ -21,14 +22,17 @@ Data flows through the modules in this order:
     losses       the objectives: one number per pair
     reference    the reference's token log-probabilities, computed once
     step         state, objectives, optimizer, the jitted update
+    compilation  programs compiled before the first step, once, and kept for the next run
+    accounting   how much arithmetic a step is, and how fast it went
     train        the loop: updates, evaluation, checkpoints, a line a step
     recipe       what a configuration asks for, checked
-    stages       a run: its stages in order, their data, where each one starts
+    stage_data   what a stage trains on: examples read, counted, tokenised, in rows
+    stages       a run: its stages in order, where each one starts
     experiment   several runs from one recipe, side by side
     decoding     beams, samples and products of models over one jitted loop
     checkpoint   Orbax: save, resume, load parameters
     records      JSON on disk that a kill cannot spoil: whole files, logs of lines
-    metrics      metrics.jsonl, TensorBoard, progress
+    metrics      metrics.jsonl, speed.jsonl, TensorBoard, progress
     samples      what the model says while it trains
     drift        how far a policy has left its reference, measured while it trains
     runs         what a run's folder holds: a stage's model, and its export

@@ -195,7 +195,7 @@ def multiplied_keys(config: PythiaConfig, length: int) -> int:
 
     >>> [multiplied_keys(PythiaConfig.from_name("pythia-70m", attention=one), 1024)
     ...  for one in ("blocks", "cudnn", "splash")]
-    [655360, 1048576, 1572864]
+    [589824, 1048576, 1572864]
     """
     if config.attention == "cudnn":
         return length**2

@@ -34,7 +34,7 @@ IMPLEMENTATIONS = ("blocks", "cudnn", "splash")
 SAVED = "attention"
 """The name under which a rematerialisation policy finds what attention's backward pass needs."""
 
-_BLOCK = 256  # queries; a multiple of the 128 lanes of a TPU
+_BLOCK = 128  # queries
 _NEVER = -1e30  # a score whose exponential is zero
 
 
@@ -158,8 +158,8 @@ def _tiles(length: int, span: int) -> Iterator[tuple[slice, slice]]:
 def keys_per_row(length: int, span: int | None = None) -> int:
     """How many products of a query with a key "blocks" makes for a row of so many positions.
 
-    >>> keys_per_row(512), keys_per_row(512, span=100)  # 256 x 256 + 256 x 512; a part of it
-    (196608, 159744)
+    >>> keys_per_row(512), keys_per_row(512, span=100)  # 128 x (128 + 256 + 384 + 512); a part
+    (163840, 108544)
     """
     tiles = _tiles(length, min(span or length, length))
     return sum((q.stop - q.start) * (k.stop - k.start) for q, k in tiles)

@@ -59,7 +59,7 @@ class Drift:
     constraints: decoding.Constraints  # of a sample
     beta: float
     seed: int
-    batch_size: int  # prompts that are sampled from together
+    batch_size: int  # prompts that are sampled from together, about
 
     def record(self, step: int, policy: Any, reference: Any) -> Record:
         """The numbers of one measurement; one that is not finite is None.
@@ -122,7 +122,7 @@ class Drift:
             [self.store[index].prompt.tolist() for index in range(len(self.store))],
             self.constraints,
             key=jax.random.fold_in(jax.random.key(self.seed), step),
-            batch_size=self.batch_size,
+            batch_size=rows_of(self.mesh, self.batch_size),
             mesh=self.mesh,
             memory_limit=memory(self.mesh),
         )

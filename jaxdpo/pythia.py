@@ -8,6 +8,7 @@ does not use.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -45,10 +46,10 @@ class _Layer(nn.Module):
             types = {"dtype": c.dtype, "param_dtype": c.param_dtype, "dot_general": _product}
             return nn.DenseGeneral(features, axis, kernel_init=kernel_init, **types)
 
-        self.attention_norm = _layer_norm(c)
+        self.attention_norm = _LayerNorm(c)
         self.qkv = linear((c.num_heads, 3, c.head_width))
         self.out = linear(c.width, (-2, -1), to_residual)
-        self.mlp_norm = _layer_norm(c)
+        self.mlp_norm = _LayerNorm(c)
         self.up = linear(c.mlp_width)
         self.down = linear(c.width, kernel_init=to_residual)
 
@@ -58,7 +59,9 @@ class _Layer(nn.Module):
         return self.after_attention(x, mixed), None
 
     def queries_keys_values(self, x, cos, sin):
-        q, k, v = jnp.moveaxis(self.qkv(self.attention_norm(x)), -2, 0)
+        # Whose gradient is a concatenation; that of an index would be three sums of zeros.
+        parts = jax.lax.split(self.qkv(self.attention_norm(x)), (1, 1, 1), axis=x.ndim)
+        q, k, v = (jnp.squeeze(part, axis=x.ndim) for part in parts)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def after_attention(self, x, mixed):
@@ -99,7 +102,7 @@ class Pythia(nn.Module):
         shape = (c.vocab_size, c.width)
         self.embedding = self.param("embedding", init, shape, c.param_dtype)
         self.layers = _layers(c)
-        self.final_norm = _layer_norm(c)
+        self.final_norm = _LayerNorm(c)
         self.unembedding = self.param("unembedding", init, shape, c.param_dtype)
 
     def __call__(
@@ -172,10 +175,48 @@ def _constrain(x: Float[Array, "..."], spec: P) -> Float[Array, "..."]:
     return x
 
 
-def _layer_norm(config: PythiaConfig) -> nn.LayerNorm:
-    # The fast variance, E[x^2] - E[x]^2, cancels where a channel's mean is large.
-    epsilon, types = config.layer_norm_epsilon, (config.dtype, config.param_dtype)
-    return nn.LayerNorm(epsilon, *types, use_fast_variance=False)
+class _LayerNorm(nn.Module):
+    config: PythiaConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c, shape = self.config, (self.config.width,)
+        scale = self.param("scale", nn.initializers.ones, shape, c.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, c.param_dtype)
+        return _normalised(x, scale, bias, c.layer_norm_epsilon).astype(c.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalised(x, scale, bias, epsilon):
+    return _normalised_forward(x, scale, bias, epsilon)[0]
+
+
+def _normalised_forward(x, scale, bias, epsilon):
+    wide = x.astype("float32")
+    mean = wide.mean(axis=-1, keepdims=True)
+    # Not E[x^2] - E[x]^2, which cancels where a channel's mean is large.
+    inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis=-1, keepdims=True) + epsilon)
+    y = (wide - mean) * (inverse * _as_rows(scale, x)) + _as_rows(bias, x)
+    return y, (x, mean, inverse, scale, bias)
+
+
+def _normalised_backward(epsilon, residuals, g):
+    # By hand it takes half the time of what XLA on a CPU makes of the transposed steps.
+    x, mean, inverse, scale, bias = residuals
+    unit, scaled = (x.astype("float32") - mean) * inverse, g * _as_rows(scale, g)
+    shared = scaled.mean(axis=-1, keepdims=True)
+    along = unit * (scaled * unit).mean(axis=-1, keepdims=True)
+    rows = tuple(range(x.ndim - 1))
+    of_scale, of_bias = (g * unit).sum(rows), g.sum(rows)
+    of_x = inverse * (scaled - shared - along)
+    return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
+
+
+_normalised.defvjp(_normalised_forward, _normalised_backward)
+
+
+def _as_rows(vector, like):
+    return jnp.expand_dims(vector.astype("float32"), range(like.ndim - 1))
 
 
 def _layers(config: PythiaConfig) -> list[nn.Module] | nn.Module:

@@ -193,7 +193,12 @@ def _other_rows(scored: int, length: int) -> int:
 
 def _scorer(model: LanguageModel) -> Callable[[Batch], jax.Array]:
     config, params, mesh = model.lm.model.config, model.lm.params, _mesh(model)
-    return lambda batch: _score(config, params, put_batch(batch, mesh))
+
+    def score(batch):
+        with jax.set_mesh(mesh):  # or else each device makes the logits of all rows
+            return _score(config, params, put_batch(batch, mesh))
+
+    return score
 
 
 def _mesh(model: LanguageModel) -> Mesh:
