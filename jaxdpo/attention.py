@@ -34,6 +34,7 @@ IMPLEMENTATIONS = ("blocks", "cudnn", "splash")
 SAVED = "attention"
 """The name under which a rematerialisation policy finds what attention's backward pass needs."""
 
+_LANES = 128  # of a TPU: positions come in multiples of it there
 _BLOCK = 128  # queries
 _NEVER = -1e30  # a score whose exponential is zero
 
@@ -58,18 +59,19 @@ def fault(
     """What is wrong with an implementation on the devices at hand; empty: nothing.
 
     It may be missing, or not take these shapes, or give another result than "blocks" does for
-    random rows of two pairs: output and gradients may differ by 1e-5 of the largest number in
+    random rows of three pairs: output and gradients may differ by 1e-5 of the largest number in
     float32, and by 3e-2 in half precision.
 
     >>> fault("blocks", dtype="float32", num_heads=1, head_width=8)
     ''
     """
-    segments, branches = np.zeros((2, num_rows, 256), np.int32)
-    for segment, (start, end) in enumerate(((0, 120), (120, 230)), 1):
+    # Three blocks of a TPU's kernel, one of which is out of sight of another.
+    segments, branches = np.zeros((2, num_rows, 384), np.int32)
+    for segment, (start, end) in enumerate(((0, 120), (120, 230), (230, 350)), 1):
         segments[:, start:end] = segment
         branches[:, end - 50 : end] = np.repeat([1, 2], 25)
     real, ids = (segments > 0)[:, :, None, None], (jnp.asarray(segments), jnp.asarray(branches))
-    shape = (4, num_rows, 256, num_heads, head_width)
+    shape = (4, num_rows, 384, num_heads, head_width)
     *heads, weights = jax.random.normal(jax.random.key(0), shape, dtype)
 
     def results(how, heads):
@@ -79,7 +81,8 @@ def fault(
 
     run = jax.jit(results, static_argnums=0)
     try:
-        found, expected = run(implementation, heads), run("blocks", heads)
+        with jax.default_matmul_precision("highest"):
+            found, expected = run(implementation, heads), run("blocks", heads)
         errors = [_relative(x, y) for x, y in zip(found, expected, strict=True)]
     except Exception as error:  # a kernel's complaints are of any class
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -121,13 +124,15 @@ def attend(
     """softmax(q k^T / sqrt(H)) v over the keys that `attention_mask` admits, softmax in float32.
 
     No segment may be longer than `span` (None: than the row), or its tokens lose sight of its
-    beginning. "splash" wants rows of a multiple of 128 positions. What padding gets is
-    finite, and differs between implementations.
+    beginning. What padding gets is finite, and differs between implementations. "splash" pads
+    rows to a multiple of 128 positions.
 
     >>> row, ids = jnp.ones((1, 3, 1, 2)), jnp.array([[1, 1, 1]])
     >>> attend(row, row, row, ids, ids * 0).shape
     (1, 3, 1, 2)
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention {implementation!r}: must be one of {IMPLEMENTATIONS}")
     span = min(span or q.shape[1], q.shape[1])
     if implementation == "cudnn":
         mask = attention_mask(segment_ids, branch_ids)[:, None]
@@ -176,7 +181,7 @@ def _blocks(q, k, v, segment_ids, branch_ids, span):
 
 
 def _blocks_forward(q, k, v, segment_ids, branch_ids, span):
-    scaled, outs, normalisers = q / math.sqrt(q.shape[-1]), [], []
+    scaled, outs, normalisers = _scaled(q), [], []
     for queries, keys in _tiles(q.shape[2], span):
         mask = _visible(segment_ids, branch_ids, queries, keys)
         scores = _scores(scaled[:, :, queries], k[:, :, keys], mask)
@@ -194,8 +199,7 @@ def _blocks_forward(q, k, v, segment_ids, branch_ids, span):
 
 def _blocks_backward(span, residuals, g):
     q, k, v, segment_ids, branch_ids, out, normaliser = residuals
-    scale = 1 / math.sqrt(q.shape[-1])
-    scaled, dq = q * scale, []
+    scale, scaled, dq = 1 / math.sqrt(q.shape[-1]), _scaled(q), []
     dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     # What the softmax's own normalisation takes off every score's gradient.
     off = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
@@ -214,6 +218,11 @@ def _blocks_backward(span, residuals, g):
         dv = dv.at[:, :, keys].add(_product("bnkq,bnqh->bnkh", weights, given))
     gradients = (jnp.concatenate(dq, axis=2), dk, dv)
     return *(x.astype(q.dtype) for x in gradients), None, None
+
+
+def _scaled(q):
+    # The scale itself would be rounded in bfloat16; and both passes must have the same scores.
+    return (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
 
 
 def _product(axes, a, b):
@@ -239,8 +248,12 @@ def _splash_of_rows(q, k, v, segment_ids, branch_ids, span):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    heads, length = q.shape[1:3]
-    block = math.gcd(length, 512)
+    heads, whole = q.shape[1], q.shape[2]
+    padding = [(0, 0), (0, -whole % _LANES)]  # of segment 0
+    segment_ids, branch_ids = (jnp.pad(ids, padding) for ids in (segment_ids, branch_ids))
+    q, k, v = (jnp.pad(x, [(0, 0), *padding, (0, 0)]) for x in (_scaled(q), k, v))
+    length = q.shape[2]
+    block = math.gcd(length, 4 * _LANES)
     sizes = splash.BlockSizes(*[block] * 6, use_fused_bwd_kernel=True)
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.LocalMask((length, length), (span - 1, 0), 0)] * heads),
@@ -249,11 +262,10 @@ def _splash_of_rows(q, k, v, segment_ids, branch_ids, span):
         q_seq_shards=1,
         residual_checkpoint_name=SAVED,
     )
-    scaled = (q / math.sqrt(q.shape[-1])).astype(q.dtype)
 
     def without(branch):  # what is of that branch is a segment of its own
         ids = 2 * segment_ids + (branch_ids == branch)
-        return jax.vmap(kernel)(scaled, k, v, splash.SegmentIds(ids, ids))
+        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
 
     rejected = (branch_ids == 2)[:, None, :, None]
-    return jnp.where(rejected, without(1), without(2))
+    return jnp.where(rejected, without(1), without(2))[:, :, :whole]

@@ -8,6 +8,7 @@ fit says so before anything is trained, and nothing is compiled later.
 Left out: what is compiled (`step`), and when (`train`).
 """
 
+import errno
 import math
 import os
 import tempfile
@@ -45,12 +46,14 @@ def persist() -> str | None:
         if "://" not in folder:
             # A program from it is executed: the folder must be the user's own.
             Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+            if os.name == "posix" and Path(folder).stat().st_mode & 0o002:
+                raise PermissionError(errno.EACCES, "anyone may write to it")
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         jax.config.update("jax_compilation_cache_dir", None)
         return (
-            f"warning: {folder}: cannot be written to ({error.strerror}), so programs are compiled "
-            "again by every run; set JAX_COMPILATION_CACHE_DIR to another folder"
+            f"warning: {folder}: cannot be written to, or not trusted ({error.strerror}), so "
+            "programs are compiled by every run; set JAX_COMPILATION_CACHE_DIR to another folder"
         )
     jax.config.update("jax_compilation_cache_dir", folder)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

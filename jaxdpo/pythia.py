@@ -161,9 +161,10 @@ def _product(x, kernel, dimension_numbers, **how):
 
 
 def _gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    # As PyTorch computes it. `jax.nn.gelu` takes 1 - erf where that is small, which is several
+    # As PyTorch computes it, in float32. `jax.nn.gelu` takes 1 - erf where that is small: several
     # passes over the widest array of the model on a CPU, and lost in what it is added to.
-    return 0.5 * x * (1.0 + jax.lax.erf(x * np.asarray(math.sqrt(0.5), x.dtype)))
+    wide = x.astype("float32")
+    return (0.5 * wide * (1.0 + jax.lax.erf(wide * np.float32(math.sqrt(0.5))))).astype(x.dtype)
 
 
 def _constrain(x: Float[Array, "..."], spec: P) -> Float[Array, "..."]:
@@ -242,6 +243,7 @@ def init_params(config: PythiaConfig, key: Key[Array, ""]) -> dict[str, Any]:
     residual stream 2 / (L sqrt(D)); biases zero.
     """
     row = jnp.zeros((1, 1), jnp.int32)
+    config = dataclasses.replace(config, attention="blocks")  # a kernel may refuse such a row
     return Pythia(config).init(key, row, row, row, row)["params"]
 
 

@@ -106,6 +106,8 @@ class PythiaConfig:
                 f"rotary_pct={self.rotary_pct}: rotates {self.rotary_width} of "
                 f"{self.head_width} numbers of a head; must be an even part of them"
             )
+        if self.attention_span is not None and self.attention_span < 1:
+            raise InputError(f"attention_span={self.attention_span}: must be positive, or None")
         choices = {"param_dtype": _DTYPES, "dtype": _DTYPES, "remat": _REMATS}
         for field, known in choices.items():
             value = getattr(self, field)

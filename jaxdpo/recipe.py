@@ -27,6 +27,8 @@ POSTS = ("posts_train", "posts_test")  # the same; 0 where they do not stand
 TINY, HUGE = 1e-12, 1e30  # what must be positive; what has no other upper limit
 # Keys of a stage that train nothing.
 OBSERVING = ("samples", "sample_tokens", "trajectories", "trajectories_every")
+# Keys that change how rows are packed and nothing but time; the last is of older versions.
+PACKING = ("row_length", "num_buckets", "pairs_per_row")
 RANGES = {
     **dict.fromkeys(("batch_size", "eval_batch_size", "micro_batches", "epochs"), (1, HUGE)),
     **dict.fromkeys(("num_buckets", "max_skipped_in_a_row"), (1, HUGE)),
@@ -175,6 +177,8 @@ def check(config: ConfigDict) -> None:
         )
     if twice := set(config.model) & set(config.model.overrides):
         raise InputError(f"model.overrides: {', '.join(sorted(twice))} stand in model itself")
+    if found := {"attention", "attention_span"} & set(config.model.overrides):
+        raise InputError(f"model.overrides: {', '.join(sorted(found))} is chosen by a run itself")
     if config.model.name:
         random_model(config)
     if config.synthetic:
@@ -215,8 +219,8 @@ def begun(folder: Path) -> bool:
 def claim(config: ConfigDict, workdir: Path) -> None:
     """Make the folder this configuration's; refuse it if another's has begun to train in it.
 
-    The mesh may change (a run goes on, to rounding, on other devices), and so may the keys of
-    a stage that has not begun, and what only observes in one that is not finished. Keys that
+    The mesh and how rows are packed may change (a run goes on, to rounding), and so may the keys
+    of a stage that has not begun, and what only observes in one that is not finished. Keys that
     the run's version did not have count as left at their defaults.
     """
     file = workdir / "config.json"
@@ -225,6 +229,7 @@ def claim(config: ConfigDict, workdir: Path) -> None:
     if file.exists() and begun(workdir):
         going_on = [name for name in STAGES if not (workdir / name / "done.json").exists()]
         free |= {"prediction"} | {f"{name}.{key}" for name in going_on for key in OBSERVING}
+        free |= {f"{name}.{key}" for name in STAGES for key in PACKING}
         defaults = json.loads(blank().to_json_best_effort())
         differ = records.differing(_filled(records.read_json(file), defaults), wanted)
         if differ := [key for key in differ if not {key, key.partition(".")[0]} & free]:

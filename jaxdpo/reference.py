@@ -126,10 +126,16 @@ def _begun(file: Path, manifest: Record, offsets: np.ndarray) -> int:
         file.parent.mkdir(parents=True, exist_ok=True)
         _record(file, manifest, 0, hashlib.sha256())
     found = read_json(beside)
-    if differ := differing(found.get("manifest", {}), manifest):
+    if "manifest" not in found:
+        raise InputError(
+            f"{file}: {beside.name} is of an older version; delete {file.parent} to have it "
+            "computed again"
+        )
+    if differ := differing(found["manifest"], manifest):
         raise InputError(
             f"{file}: these reference log-probabilities were made from another "
-            f"{', '.join(differ)}; choose another --workdir, or delete the stage's folder"
+            f"{', '.join(differ)}; choose another --workdir, or set that back, or else delete "
+            f"{file.parent}"
         )
     done = found["examples"]
     if done == 0:

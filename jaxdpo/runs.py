@@ -6,7 +6,6 @@ Reads the configuration that the run saved; executes nothing. Left out: making a
 
 import dataclasses
 import functools
-import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -36,7 +35,7 @@ class Stored(NamedTuple):
     eos_ids: tuple[int, ...]
     load: Callable[[], Any]
     step: int | None  # of a checkpoint of a run
-    source: str = ""  # what the parameters are, told apart from others that stood there before
+    source: str = ""  # what the parameters are, for people
 
 
 class Roles(NamedTuple):
@@ -90,14 +89,7 @@ def trained(workdir: str | Path, stage: str, *, mesh: Mesh, which: str = "last")
     if stage == "start":
         return began
     step, load = checkpointed(workdir / stage, began.model, mesh, which)
-    return began._replace(step=step, load=load, source=_source(workdir / stage, step))
-
-
-def _source(stage: Path, step: int) -> str:
-    """A checkpoint, and the stage's last measurements, which no other training ends with."""
-    done = stage / "done.json"
-    last = hashlib.sha256(done.read_bytes()).hexdigest()[:12] if done.exists() else "unfinished"
-    return f"{stage.name} step {step} ({last})"
+    return began._replace(step=step, load=load, source=f"{stage} step {step}")
 
 
 def roles(workdir: str | Path) -> Roles:

@@ -1,5 +1,6 @@
 """Every program of attention against a softmax written out; what is kept; a TPU's compiler."""
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -10,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from examples import ragged_lengths, token_store
+from examples import TINY, ragged_lengths, token_store
 
-from jaxdpo import attention
+from jaxdpo import attention, pythia
 from jaxdpo.batching import RowShape, rows
 
 LENGTH, SPAN = 64, 21  # no example of `row_ids` is longer than 20
@@ -95,18 +96,32 @@ def test_bfloat16_is_near_and_its_softmax_is_not_bfloat16(ids, expected):
 
 @pytest.mark.slow
 def test_the_tpu_kernel_equals_attention_written_out(monkeypatch):
-    """The Pallas kernel, interpreted: rows of 256, whose pairs see prompts from both branches."""
+    """The Pallas kernel, interpreted: three blocks of keys, one of which is out of sight, and a row
+    that is no multiple of one."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     interpreted = functools.partial(splash.make_splash_mha, interpret=True)
     monkeypatch.setattr(splash, "make_splash_mha", interpreted)
-    store = token_store(ragged_lengths(6, longest=(90, 40, 40)))
-    batch = rows(store, [[0, 1], [2, 3]], RowShape(2, 256, 160, 2))
+    store = token_store(ragged_lengths(8, longest=(80, 30, 30)))
+    batch = rows(store, [[0, 1, 2, 3], [4, 5, 6, 7]], RowShape(2, 368, 240, 4))
     ids = jnp.asarray(batch.segment_ids), jnp.asarray(batch.branch_ids)
     inputs = heads_and_weights(ids)
-    of = lambda how: functools.partial(attention.attend, span=176, implementation=how)
+    of = lambda how: functools.partial(attention.attend, span=140, implementation=how)
     found, expected = (value_and_grads(of(how), *inputs, ids) for how in ("splash", "blocks"))
     assert_equal(found, expected, 1e-5)  # other blocks, so other sums
+
+
+def test_the_scale_is_no_number_of_bfloat16(ids):
+    """1/sqrt(80) is none; rounded, forward and backward would differ by more than all else."""
+    rng = np.random.default_rng(0)
+    shape = (4, *ids[0].shape, 2, 80)
+    *heads, weights = jnp.asarray(rng.normal(size=shape), "bfloat16")
+    heads[0] = 6 * heads[0]  # scores far apart
+    weights = weights * (ids[0] > 0)[..., None, None]
+    wide = [x.astype("float32") for x in (*heads, weights)]
+    expected = value_and_grads(written_out, wide[:3], wide[3], ids)
+    _, (_, _, found) = value_and_grads(attention.attend, heads, weights, ids)
+    assert_equal(found, expected[1][2], 6e-3)  # of values; it was 1.9e-2
 
 
 def kept(function, *args):
@@ -138,6 +153,19 @@ def test_rematerialisation_can_save_attention(ids):
     policies = jax.checkpoint_policies
     assert exponentials(policies.save_only_these_names(attention.SAVED)) == 2
     assert exponentials(policies.nothing_saveable) == 3
+
+
+def test_an_unknown_program_is_refused(ids):
+    heads, _ = heads_and_weights(ids)
+    with pytest.raises(ValueError, match="'flash'"):
+        attention.attend(*heads, *ids, implementation="flash")
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_parameters_are_drawn_and_shaped_whatever_runs_them(implementation):
+    config = dataclasses.replace(TINY, attention=implementation)
+    shapes = jax.eval_shape(functools.partial(pythia.init_params, config), jax.random.key(0))
+    assert shapes["embedding"].shape == (TINY.vocab_size, TINY.width)
 
 
 def test_which_program_runs_where():

@@ -10,9 +10,12 @@ from test_stages import recipe as quickstart
 from test_trajectories import FALLING, told
 
 from jaxdpo import InputError, experiment, stages
+from jaxdpo import runs as runs_on_disk
 from jaxdpo.analysis import trajectories
 from jaxdpo.metrics import read_metrics
 from jaxdpo.records import write_log
+from jaxdpo.reference import fingerprint
+from jaxdpo.sharding import make_mesh
 
 WORKDIR = Path("/runs/several")
 BASE = {"stages": ("sft",)}
@@ -228,7 +231,8 @@ def test_each_run_is_run_once_and_begins_where_the_other_ended(tmp_path, monkeyp
     experiment.run(config, tmp_path)
     assert started == ["base", "after"]
     manifest = json.loads((tmp_path / "after/dpo/reference/train.json").read_text())
-    assert manifest["weights"].startswith("{workdir}/../base:sft: sft step 6 (")
+    began = runs_on_disk.trained(tmp_path / "base", "sft", mesh=make_mesh())
+    assert manifest["manifest"]["weights"] == fingerprint(began.load())
     [*_, evaluated] = read_metrics(tmp_path / "after/dpo")
     [first, last] = trajectories.read(tmp_path / "after/dpo")
     assert (first["step"], last["step"]) == (0, evaluated["step"])

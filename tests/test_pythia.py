@@ -275,6 +275,12 @@ def test_remat_stores_less_for_the_backward_pass(params):
     assert stored("full") < stored("dots") < stored("none")
 
 
+def test_gelu_keeps_its_tail_in_bfloat16():
+    x = jnp.linspace(-4.0, 4.0, 101, dtype="bfloat16")
+    expected = torch.nn.functional.gelu(torch.tensor(np.asarray(x, np.float32))).numpy()
+    np.testing.assert_allclose(np.asarray(pythia._gelu(x), np.float32), expected, rtol=1e-2)
+
+
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_bfloat16_is_near(param_dtype, params):
     config = dataclasses.replace(SMALL, dtype="bfloat16", param_dtype=param_dtype)

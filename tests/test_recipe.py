@@ -120,6 +120,9 @@ def test_a_run_of_an_older_version_goes_on(begun):
     file = begun / "config.json"
     old = json.loads(file.read_text())
     del old["runs"], old["prediction"], old["dpo"]["data"]["limit"]
+    for stage in ("sft", "dpo"):  # which packed consecutive pairs
+        del old[stage]["row_length"]
+        old[stage]["pairs_per_row"] = 1
     file.write_text(json.dumps(old))
     config = recipe.blank()
     recipe.claim(config, begun)
