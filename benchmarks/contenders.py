@@ -300,7 +300,7 @@ def jaxdpo(task: Task, **levers: bool) -> Ready:
     )
     # The row shapes are those of the whole data set: of a few batches they would fit too well.
     batches = rows_of(store(task.pairs()))
-    load = functools.partial(convert.load_hf, mesh=mesh, attention_span=int(batches.span))
+    load = functools.partial(convert.load_hf, mesh=mesh, attention_span=batches.span)
     config, params = load(Path(task.folder) / "policy")
     _, reference = load(Path(task.folder) / "reference")
     token_logps = step.token_logps if on.scored else logps_from_everywhere
@@ -364,7 +364,7 @@ def jaxdpo(task: Task, **levers: bool) -> Ready:
     shapes = []
     for i in range(task.num_batches):
         (count, length), scored = batches[i].tokens.shape, batches[i].targets.shape[1]
-        seen = attention.keys_per_row(length, int(batches.span)) / length if on.blocks else length
+        seen = attention.keys_per_row(length, batches.span) / length if on.blocks else length
         shapes.append((count, length, scored if on.scored else length, seen))
     return Ready(one, gradients, shapes, spent)
 

@@ -170,11 +170,6 @@ def keys_per_row(length: int, span: int | None = None) -> int:
     return sum((q.stop - q.start) * (k.stop - k.start) for q, k in tiles)
 
 
-def _scores(q, k, mask):
-    scores = jnp.einsum("bnqh,bnkh->bnqk", q, k, preferred_element_type=jnp.float32)
-    return jnp.where(mask[:, None], scores, _NEVER)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _blocks(q, k, v, segment_ids, branch_ids, span):
     return _blocks_forward(q, k, v, segment_ids, branch_ids, span)[0]
@@ -184,7 +179,8 @@ def _blocks_forward(q, k, v, segment_ids, branch_ids, span):
     scaled, outs, normalisers = _scaled(q), [], []
     for queries, keys in _tiles(q.shape[2], span):
         mask = _visible(segment_ids, branch_ids, queries, keys)
-        scores = _scores(scaled[:, :, queries], k[:, :, keys], mask)
+        scores = _product("bnqh,bnkh->bnqk", scaled[:, :, queries], k[:, :, keys])
+        scores = jnp.where(mask[:, None], scores, _NEVER)
         highest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = weights.sum(axis=-1, keepdims=True)
