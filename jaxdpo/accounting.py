@@ -81,7 +81,7 @@ class Accounts:
     def of(self, batch: Any) -> Work:
         """The work of one step on a `batching.Batch`."""
         examples = batch.examples[batch.examples >= 0]
-        shape = (*batch.tokens.shape, batch.slots.shape[1])
+        scored = batch.slots.shape[1]
         return Work(
             steps=1,
             pairs=len(examples),
@@ -92,7 +92,7 @@ class Accounts:
             real_scored=int(np.count_nonzero(batch.slots >= 0)),
             model_flops=int(self._model[examples].sum()),
             plain_flops=int(self._plain[examples].sum()),
-            hardware_flops=hardware_flops(self.config, *shape, parts=self.parts),
+            hardware_flops=hardware_flops(self.config, batch.segment_ids, scored, parts=self.parts),
         )
 
 
@@ -155,9 +155,9 @@ def _triangle(n):
 
 
 def hardware_flops(
-    config: PythiaConfig, rows: int, length: int, scored: int, *, parts: int = 1
+    config: PythiaConfig, segment_ids: Int[np.ndarray, "B T"], scored: int, *, parts: int = 1
 ) -> int:
-    """FLOPs of the compiled step on `rows` of `length` positions and `scored` places each.
+    """FLOPs of the compiled step on rows of these segments, with `scored` places each.
 
     Like `model_flops`, but for every position, with `multiplied_keys`, and on top what the
     backward pass computes again:
@@ -170,11 +170,12 @@ def hardware_flops(
                        `parts`, devices x micro-batches, has its part of them
 
     >>> config = PythiaConfig(vocab_size=5, num_layers=1, num_heads=1, width=8, mlp_width=32)
-    >>> hardware_flops(config, 1, 16, 8)  # 6 x 768 x 16 + 7 x 16 x 16 x 16 + 6 x 40 x 8
+    >>> row = np.ones((1, 16), int)
+    >>> hardware_flops(config, row, 8)  # 6 x 768 x 16 + 7 x 16 x 16 x 16 + 6 x 40 x 8
     104320
     """
-    width, mlp_width = config.width, config.mlp_width
-    product = 2 * width * rows * multiplied_keys(config, length)  # queries with keys, or values
+    (rows, length), width, mlp_width = segment_ids.shape, config.width, config.mlp_width
+    product = 2 * width * multiplied_keys(config, segment_ids)  # queries with keys, or values
     projections = 2 * rows * length * (4 * width**2 + 2 * width * mlp_width)
     into_residual = 2 * rows * length * (width**2 * config.parallel_residual + width * mlp_width)
     again = {
@@ -187,24 +188,27 @@ def hardware_flops(
     return int(layers + (3 + in_pieces) * 2 * width * config.vocab_size * rows * scored)
 
 
-def multiplied_keys(config: PythiaConfig, length: int) -> int:
-    """Products of a query with a key that `config.attention` makes of a row, visible or not.
+def multiplied_keys(config: PythiaConfig, segment_ids: Int[np.ndarray, "B T"]) -> int:
+    """Products of a query with a key that `config.attention` makes of rows, visible or not.
 
-    "cudnn" makes all; "splash" makes those of its blocks on and below the diagonal, not farther
-    from it than `attention_span`, and runs twice.
+    "blocks" makes those of its blocks back to a segment's beginning, or somewhat before; rows are
+    counted as on a CPU, each by itself. "cudnn" makes all; "splash" makes those of its blocks on
+    and below the diagonal, not farther from it than `attention_span`, and runs twice.
 
-    >>> [multiplied_keys(PythiaConfig.from_name("pythia-70m", attention=one), 1024)
+    >>> rows = np.repeat([[1, 2]], 512, axis=1)
+    >>> [multiplied_keys(PythiaConfig.from_name("pythia-70m", attention=one), rows)
     ...  for one in ("blocks", "cudnn", "splash")]
-    [589824, 1048576, 1572864]
+    [434176, 1048576, 1572864]
     """
+    rows, length = segment_ids.shape
     if config.attention == "cudnn":
-        return length**2
+        return rows * length**2
     if config.attention == "splash":
         block = math.gcd(length, 512)
         span = min(config.attention_span or length, length)
         back = -(-(span - 1) // block)  # blocks before a query's own that it may reach
-        return 2 * block**2 * sum(min(i, back) + 1 for i in range(length // block))
-    return keys_per_row(length, config.attention_span)
+        return rows * 2 * block**2 * sum(min(i, back) + 1 for i in range(length // block))
+    return int(keys_per_row(segment_ids, config.attention_span).sum())
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -4,10 +4,10 @@ A row may hold several segments, and a segment a prompt with several responses. 
 compute the same, none of which keeps a `[B, N, T, T]` array for the backward pass:
 
 - "blocks", on any backend: blocks of queries against the keys that they can see, forward and
-  backward by hand. The mask of a block is compared together from the ids when it is needed,
-  scores are computed again in the backward pass, and keys after a block, or more than `span`
-  before it, are never multiplied. On a CPU it takes half the time of
-  `jax.nn.dot_product_attention`, which multiplies all of T x T.
+  backward by hand. The mask of a block is compared together from the ids when it is needed, and
+  scores are computed again in the backward pass. Keys after a block are never multiplied, nor, but
+  for a rest, those before its first query's segment: the program has the block with a few
+  widths, and takes at run time the least that will do.
 - "cudnn", on GPUs, in bfloat16 and float16: cuDNN's flash kernel, behind
   `jax.nn.dot_product_attention`. It knows no branches, so it is given the mask, one boolean for
   all heads.
@@ -21,7 +21,6 @@ Left out: attention to a cache (`pythia_cache`).
 
 import functools
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +34,8 @@ SAVED = "attention"
 """The name under which a rematerialisation policy finds what attention's backward pass needs."""
 
 _LANES = 128  # of a TPU: positions come in multiples of it there
-_BLOCK = 128  # queries
+_BLOCK = 256  # queries, at most
+_WIDTHS = 8  # how many numbers of keys a block is compiled for
 _NEVER = -1e30  # a score whose exponential is zero
 
 
@@ -107,8 +107,8 @@ def attention_mask(
     >>> attention_mask(jnp.ones((1, 3), int), branches)[0].astype(int).tolist()
     [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
     """
-    whole = slice(0, segment_ids.shape[1])
-    return _visible(segment_ids, branch_ids, whole, whole)
+    whole = (segment_ids, branch_ids, np.arange(segment_ids.shape[1]))
+    return _visible(whole, whole)
 
 
 def attend(
@@ -139,81 +139,179 @@ def attend(
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     # Heads before positions, as both of the others multiply them.
     by_head = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
-    attended = _splash if implementation == "splash" else _blocks
-    return jnp.moveaxis(attended(*by_head, segment_ids, branch_ids, span), 1, 2)
+    of_rows = {"splash": _splash, "blocks": _blocks}[implementation]
+    on_devices = _on_each_device(functools.partial(of_rows, span=span), q.shape[0])
+    return jnp.moveaxis(on_devices(*by_head, segment_ids, branch_ids), 1, 2)
 
 
-def _visible(segment_ids: Array, branch_ids: Array, queries: slice, keys: slice) -> Array:
-    """The part of the mask [B, queries, keys] of these positions."""
-    segments, branches = segment_ids[:, keys][:, None], branch_ids[:, keys][:, None]
-    same_segment = segment_ids[:, queries][..., None] == segments
-    same_branch = branch_ids[:, queries][..., None] == branches
-    earlier = np.arange(queries.start, queries.stop)[:, None] >= np.arange(keys.start, keys.stop)
-    return same_segment & (same_branch | (branches == 0)) & earlier[None]
+def _on_each_device(of_rows, count: int):
+    """The function on each device's own rows and heads: XLA cannot split a kernel itself, and of a
+    loop over rows it would make one over everybody's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not {"data", "fsdp", "tensor"} <= set(mesh.auto_axes):
+        return of_rows
+    if count % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return of_rows  # a row to try a model with
+    rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), "tensor")
+    places = dict(in_specs=(heads, heads, heads, rows, rows), out_specs=heads)
+    # Kernels and loops say nothing about which axes their results vary over.
+    return jax.shard_map(of_rows, **places, check_vma=False)
 
 
-def _tiles(length: int, span: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of queries, each with the keys that it can see; keys start at whole vectors."""
-    for start in range(0, length, _BLOCK):
-        stop = min(start + _BLOCK, length)
-        first = max(0, start - span + 1)
-        yield slice(start, stop), slice(first - first % 16, stop)
+def _visible(queries: tuple, keys: tuple) -> Array:
+    """The mask [B, queries, keys]; each by its segments [B, n], branches [B, n] and places [n]."""
+    (of_query, branch, place), (segments, branches, places) = queries, keys
+    same_branch = (branch[..., None] == branches[:, None]) | (branches == 0)[:, None]
+    earlier = place[:, None] >= places[None]
+    return (of_query[..., None] == segments[:, None]) & same_branch & earlier[None]
 
 
-def keys_per_row(length: int, span: int | None = None) -> int:
-    """How many products of a query with a key "blocks" makes for a row of so many positions.
+def keys_per_row(
+    segment_ids: Int[np.ndarray, "B T"], span: int | None = None
+) -> Int[np.ndarray, " B"]:
+    """How many products of a query with a key "blocks" makes of each row, on a CPU.
 
-    >>> keys_per_row(512), keys_per_row(512, span=100)  # 128 x (128 + 256 + 384 + 512); a part
-    (163840, 108544)
+    >>> keys_per_row(np.repeat([[1, 2]], 256, axis=1))  # 2 x 256 x 256, not 512 x 512
+    array([131072])
     """
-    tiles = _tiles(length, min(span or length, length))
-    return sum((q.stop - q.start) * (k.stop - k.start) for q, k in tiles)
+    block, widths = _tiling(segment_ids.shape[1], span)
+    return block * np.asarray(widths)[_narrowest(segment_ids, block, widths)].sum(1)
+
+
+def _tiling(length: int, span: int | None) -> tuple[int, list[int]]:
+    """How many queries a block has, and how many keys it may be given, all up to its last query."""
+    count = -(-length // _BLOCK)
+    block = length if count == 1 else _rounded(-(-length // count))
+    most = min(count * block, min(span or length, length) - 1 + block)
+    steps = np.linspace(block, most, _WIDTHS).astype(int).tolist()
+    return block, sorted({min(_rounded(width), count * block) for width in steps})
+
+
+def _rounded(number: int) -> int:
+    return -(-number // 16) * 16  # whole vectors
+
+
+def _narrowest(segment_ids, block: int, widths: list[int]):
+    """Which of the widths reaches back to the segment of each block's first query, [B, blocks]."""
+    first = segment_ids[:, ::block]
+    begins = (segment_ids[:, None, :] == first[..., None]).argmax(-1)
+    needed = block * np.arange(1, first.shape[1] + 1)[None] - begins
+    needed = needed * (first > 0)  # padding may see whatever it gets
+    return (needed[..., None] > np.asarray(widths[:-1], int)[None, None]).sum(-1)
+
+
+def _blocks(q, k, v, segment_ids, branch_ids, span):
+    """Over whole blocks: positions are padded with segment 0."""
+    block, _ = _tiling(q.shape[2], span)
+    padding = [(0, 0), (0, -q.shape[2] % block)]
+    ids = (jnp.pad(ids, padding) for ids in (segment_ids, branch_ids))
+    heads = (jnp.pad(x, [(0, 0), *padding, (0, 0)]) for x in (q, k, v))
+    return _whole_blocks(*heads, *ids, span)[:, :, : q.shape[2]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _blocks(q, k, v, segment_ids, branch_ids, span):
+def _whole_blocks(q, k, v, segment_ids, branch_ids, span):
     return _blocks_forward(q, k, v, segment_ids, branch_ids, span)[0]
 
 
 def _blocks_forward(q, k, v, segment_ids, branch_ids, span):
-    scaled, outs, normalisers = _scaled(q), [], []
-    for queries, keys in _tiles(q.shape[2], span):
-        mask = _visible(segment_ids, branch_ids, queries, keys)
-        scores = _product("bnqh,bnkh->bnqk", scaled[:, :, queries], k[:, :, keys])
-        scores = jnp.where(mask[:, None], scores, _NEVER)
+    def tile(mask, q, k, v):
+        scores = jnp.where(mask[:, None], _product("bnqh,bnkh->bnqk", q, k), _NEVER)
         highest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = weights.sum(axis=-1, keepdims=True)
         # Normalised after the product, which is H numbers wide and not T.
-        mixed = _product("bnqk,bnkh->bnqh", weights.astype(v.dtype), v[:, :, keys]) / total
-        outs.append(mixed.astype(v.dtype))
-        normalisers.append(highest + jnp.log(total))
-    out = checkpoint_name(jnp.concatenate(outs, axis=2), SAVED)
-    normaliser = checkpoint_name(jnp.concatenate(normalisers, axis=2), SAVED)
+        mixed = _product("bnqk,bnkh->bnqh", weights.astype(v.dtype), v) / total
+        return (mixed.astype(v.dtype), highest + jnp.log(total)), ()
+
+    results, _ = _over_tiles(tile, segment_ids, branch_ids, (_scaled(q),), (k, v), span)
+    out, normaliser = (checkpoint_name(x, SAVED) for x in results)
     return out, (q, k, v, segment_ids, branch_ids, out, normaliser)
 
 
 def _blocks_backward(span, residuals, g):
     q, k, v, segment_ids, branch_ids, out, normaliser = residuals
-    scale, scaled, dq = 1 / math.sqrt(q.shape[-1]), _scaled(q), []
-    dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    scale = 1 / math.sqrt(q.shape[-1])
     # What the softmax's own normalisation takes off every score's gradient.
     off = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
-    for queries, keys in _tiles(q.shape[2], span):
-        mask = _visible(segment_ids, branch_ids, queries, keys).swapaxes(1, 2)
-        block, given, turned = scaled[:, :, queries], g[:, :, queries], (*range(2), 3, 2)
-        # Keys before queries: as two of three products want it; and what looked like the forward
+
+    def tile(mask, q, g, normaliser, off, k, v):
+        mask, normaliser, off = (x.swapaxes(-2, -1) for x in (mask, normaliser, off))
+        # Keys before queries: as three of four products want it; and what looked like the forward
         # pass's own scores XLA would take from there, and keep them.
-        scores = jnp.where(mask[:, None], _product("bnkh,bnqh->bnkq", k[:, :, keys], block), _NEVER)
-        weights = jnp.exp(scores - normaliser[:, :, queries].transpose(turned))
-        to_weights = _product("bnkh,bnqh->bnkq", v[:, :, keys], given)
-        to_scores = weights * (to_weights - off[:, :, queries].transpose(turned))
+        scores = jnp.where(mask[:, None], _product("bnkh,bnqh->bnkq", k, q), _NEVER)
+        weights = jnp.exp(scores - normaliser)
+        to_scores = weights * (_product("bnkh,bnqh->bnkq", v, g) - off)
         weights, to_scores = weights.astype(v.dtype), to_scores.astype(q.dtype)
-        dq.append(_product("bnkq,bnkh->bnqh", to_scores, k[:, :, keys]) * scale)
-        dk = dk.at[:, :, keys].add(_product("bnkq,bnqh->bnkh", to_scores, block))
-        dv = dv.at[:, :, keys].add(_product("bnkq,bnqh->bnkh", weights, given))
-    gradients = (jnp.concatenate(dq, axis=2), dk, dv)
-    return *(x.astype(q.dtype) for x in gradients), None, None
+        dq = _product("bnkh,bnkq->bnhq", k, to_scores).swapaxes(2, 3) * scale
+        dk, dv = (_product("bnkq,bnqh->bnkh", *xs) for xs in ((to_scores, q), (weights, g)))
+        return (dq.astype(q.dtype),), (dk, dv)
+
+    of_queries = (_scaled(q), g, normaliser, off)
+    (dq,), (dk, dv) = _over_tiles(tile, segment_ids, branch_ids, of_queries, (k, v), span)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+def _over_tiles(tile, segment_ids, branch_ids, of_queries, of_keys, span):
+    """`tile(mask, *of_queries, *of_keys)` of each block of queries and the keys that it needs.
+
+    All are [B, N, T, ...]. Of what it returns, the first are laid along T as the queries are, the
+    second are of the keys, and summed. A block is compiled with a few widths and takes the least
+    that will do, row by row; where the start of a kernel costs more than that saves, which is
+    not on a CPU, the rows of a block are taken together.
+    """
+    rows, length = segment_ids.shape
+    block, widths = _tiling(length, span)
+    count, widest = length // block, widths[-1]
+    together = 1 if jax.default_backend() == "cpu" else rows
+    which = _narrowest(segment_ids, block, widths).reshape(-1, together, count).max(1)
+    # So that every block has as many keys before it; those are of no segment.
+    before = functools.partial(_padded_before, number=widest - block)
+    of_keys, ids = [*map(before, of_keys)], (segment_ids, branch_ids)
+    ids_of_keys = before(segment_ids, fill=-1), before(branch_ids)
+
+    def at(width, row, start):
+        query = functools.partial(_cut, row=row, rows=together, start=start, width=block)
+        first = start + block - width
+        key = functools.partial(query, start=start + widest - width, width=width)
+        queries = *map(query, ids), start + jnp.arange(block)
+        keys = *map(key, ids_of_keys), first + jnp.arange(width)
+        mask = _visible(queries, keys)
+        results, sums = tile(mask, *map(query, of_queries), *map(key, of_keys))
+        return results, tuple(_padded_before(x, widest - width) for x in sums)
+
+    programs = [functools.partial(at, width) for width in widths]
+
+    def one(i, carry):
+        row, start = i // count * together, i % count * block
+        results, sums = jax.lax.switch(which[i // count, i % count], programs, row, start)
+        so_far = (_cut(x, row, together, start, widest) for x in carry[1])
+        sums = tuple(x + y for x, y in zip(so_far, sums, strict=True))
+        put = lambda x, new: jax.lax.dynamic_update_slice(x, new, (row, 0, start, 0))
+        return jax.tree.map(put, carry, (results, sums))
+
+    shapes = jax.eval_shape(programs[-1], 0, 0)
+    empty = lambda number: lambda x: jnp.zeros((rows, x.shape[1], number, x.shape[3]), x.dtype)
+    sizes = (length, length + widest - block)
+    carry = tuple(jax.tree.map(empty(size), x) for size, x in zip(sizes, shapes, strict=True))
+    tiles = count * (rows // together)
+    results, sums = one(0, carry) if tiles == 1 else jax.lax.fori_loop(0, tiles, one, carry)
+    return results, tuple(x[:, :, widest - block :] for x in sums)
+
+
+def _padded_before(x, number, fill=0):
+    """More positions of [B, N, T, H] or [B, T] in front."""
+    widths = [(0, 0)] * x.ndim
+    widths[-1 if x.ndim == 2 else 2] = (number, 0)
+    return jnp.pad(x, widths, constant_values=fill)
+
+
+def _cut(x, row, rows, start, width):
+    """Some rows and positions of [B, N, T, H] or [B, T]."""
+    if x.ndim == 2:
+        return jax.lax.dynamic_slice(x, (row, start), (rows, width))
+    sizes = (rows, x.shape[1], width, x.shape[3])
+    return jax.lax.dynamic_slice(x, (row, 0, start, 0), sizes)
 
 
 def _scaled(q):
@@ -225,22 +323,10 @@ def _product(axes, a, b):
     return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
 
 
-_blocks.defvjp(_blocks_forward, _blocks_backward)
+_whole_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def _splash(q, k, v, segment_ids, branch_ids, span):
-    """The Pallas kernel on each device's rows and heads: XLA cannot split a kernel itself."""
-    if not {"data", "fsdp", "tensor"} <= set(jax.sharding.get_abstract_mesh().auto_axes):
-        return _splash_of_rows(q, k, v, segment_ids, branch_ids, span)
-    rows = P(("data", "fsdp"))
-    heads = P(("data", "fsdp"), "tensor")
-    local = functools.partial(_splash_of_rows, span=span)
-    places = dict(in_specs=(heads, heads, heads, rows, rows), out_specs=heads)
-    # Kernels say nothing about which axes their results vary over.
-    return jax.shard_map(local, **places, check_vma=False)(q, k, v, segment_ids, branch_ids)
-
-
-def _splash_of_rows(q, k, v, segment_ids, branch_ids, span):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

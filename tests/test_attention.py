@@ -16,7 +16,7 @@ from examples import TINY, ragged_lengths, token_store
 from jaxdpo import attention, pythia
 from jaxdpo.batching import RowShape, rows
 
-LENGTH, SPAN = 64, 21  # no example of `row_ids` is longer than 20
+LENGTH, SPAN = 72, 21  # no example of `row_ids` is longer than 20
 HEADS = (2, 16)
 
 
@@ -69,7 +69,7 @@ def expected(ids):
     return value_and_grads(written_out, *heads_and_weights(ids), ids)
 
 
-@pytest.mark.parametrize("block, span", [(256, None), (8, None), (8, SPAN), (24, SPAN)])
+@pytest.mark.parametrize("block, span", [(256, None), (16, None), (16, SPAN), (32, SPAN)])
 def test_blocks_equal_attention_written_out(block, span, ids, expected, monkeypatch):
     """Also where the last block is ragged, and keys are left out because they are too far."""
     monkeypatch.setattr(attention, "_BLOCK", block)
@@ -77,12 +77,35 @@ def test_blocks_equal_attention_written_out(block, span, ids, expected, monkeypa
     assert_equal(value_and_grads(attended, *heads_and_weights(ids), ids), expected, 1e-6)
 
 
-def test_a_span_shorter_than_an_example_is_noticed(ids, expected, monkeypatch):
+def test_too_few_keys_are_noticed(ids, expected, monkeypatch):
     """So the tests above would fail if keys were dropped that are still to be seen."""
-    monkeypatch.setattr(attention, "_BLOCK", 8)
-    attended = functools.partial(attention.attend, span=4)
-    found, _ = value_and_grads(attended, *heads_and_weights(ids), ids)
+    monkeypatch.setattr(attention, "_BLOCK", 16)
+    monkeypatch.setattr(attention, "_narrowest", lambda ids, *_: jnp.zeros((len(ids), 5), int))
+    found, _ = value_and_grads(attention.attend, *heads_and_weights(ids), ids)
     assert abs(found - expected[0]) > 1e-3 * abs(expected[0])
+
+
+@pytest.mark.parametrize("span", [None, SPAN])
+def test_a_block_is_given_the_fewest_keys_that_reach_its_segment(span, ids, monkeypatch):
+    """What runs, by the keys of each block, against a search and against what is counted."""
+    monkeypatch.setattr(attention, "_BLOCK", 16)
+    padded = [jnp.pad(x, [(0, 0), (0, 8)]) for x in ids]  # to whole blocks
+    rows, length = padded[0].shape
+    block, widths = attention._tiling(length, span)
+    segments, expected = np.asarray(padded[0]), np.zeros((rows, length // block), int)
+    for row, start in np.ndindex(expected.shape):
+        begin = list(segments[row]).index(segments[row, start * block])
+        needed = (start + 1) * block - begin if segments[row, begin] else 0
+        expected[row, start] = next(width for width in widths if width >= needed)
+    assert 1 < len(set(expected.ravel().tolist()))
+    queries, keys = jnp.zeros((rows, 1, length, 1)), jnp.zeros((rows, 1, length, 1))
+
+    def tile(mask, query, key):
+        return (jnp.full_like(query, key.shape[2]),), ()
+
+    (found,), _ = attention._over_tiles(tile, *padded, (queries,), (keys,), span)
+    assert np.array_equal(found[:, 0, ::block, 0], expected)
+    assert attention.keys_per_row(segments, span).tolist() == (block * expected.sum(1)).tolist()
 
 
 def test_bfloat16_is_near_and_its_softmax_is_not_bfloat16(ids, expected):
@@ -181,7 +204,9 @@ def test_which_program_runs_where():
 def test_a_kernel_is_tried_before_it_is_taken(monkeypatch):
     tried = functools.partial(attention.fault, dtype="float32", num_heads=2, head_width=8)
     assert tried("splash").startswith("ValueError")  # there is none for a CPU
-    monkeypatch.setattr(attention, "_splash", lambda *inputs: 1.01 * attention._blocks(*inputs))
+    monkeypatch.setattr(
+        attention, "_splash", lambda *x, **span: 1.01 * attention._blocks(*x, **span)
+    )
     assert tried("splash") == "differs by 1.0e-02 of the largest number"
     monkeypatch.setattr(attention, "_splash", attention._blocks)
     assert not tried("splash")
