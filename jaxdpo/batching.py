@@ -84,14 +84,14 @@ class Padding(NamedTuple):
 class Batches:
     """The global batches of a data set: `batches[step]` is this process's rows of one.
 
-    `seed=None` keeps the order of the file (evaluation). `row_length` is about how many
-    positions a row is packed to (0: a pair to a row); the rows are a multiple of `divisor`, the
-    same number in every batch. `num_buckets` bounds `shapes`, ascending, which hold every batch
-    at the least padding; lengths are multiples of `length_multiple`. `span` is the positions of
-    the longest example, rounded up likewise. `reference` is the flat array of the reference's
-    token log-probabilities, in the order of `store.scored_offsets`. `process` is (index,
-    count); each takes its contiguous rows of every batch. Raises `InputError` for options that
-    contradict each other or the data.
+    `seed=None` keeps the order of the file (evaluation). The rows are the same number in every
+    batch, a multiple of `divisor` and at most `batch_size`: as few as make the mean row no longer
+    than `row_length` positions (0: a pair to a row). `num_buckets` bounds `shapes`, ascending,
+    which hold every batch at the least padding; lengths are multiples of `length_multiple`. `span`
+    is the positions of the longest example, rounded up likewise. `reference` is the flat array of
+    the reference's token log-probabilities, in the order of `store.scored_offsets`. `process` is
+    (index, count); each takes its contiguous rows of every batch. Raises `InputError` for options
+    that contradict each other or the data.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Batches:
         self.num_rows = batch_size
         if row_length:
             wanted = longest.mean() * min(batch_size, len(store) * epochs) / row_length
-            self.num_rows = divisor * min(max(round(wanted / divisor), 1), batch_size // divisor)
+            self.num_rows = divisor * min(math.ceil(wanted / divisor), batch_size // divisor)
         self.shapes, self._bucket, self._places = self._packed(num_buckets)
 
     def __len__(self) -> int:

@@ -82,23 +82,26 @@ class SpeedLog:
 
     A record holds `step`, the last one that it covers; `steps`, `pairs` and `tokens`;
     `seconds/input` (waiting for the next batch), `seconds/device` (waiting for what steps
-    return), `seconds/host` (the rest: Python, dispatch, logs; before the first step, compiling),
-    and apart from these, which are the steps' own, `seconds/evaluation`, `seconds/observers` and
-    `seconds/checkpoint`; the rates and shares of `accounting.speeds`; what was compiled for
-    steps and evaluation (not for observers, nor by Orbax), after the first record nothing; and
-    `peak_memory_mib` since the process began. `after` as in `MetricsWriter`. Used as a context
-    manager; time is counted from its creation on.
+    return), `seconds/host` (the rest: Python, dispatch, logs; before the first step, compiling and
+    loading), and apart from these, which are the steps' own, `seconds/reference`,
+    `seconds/evaluation`, `seconds/observers` and `seconds/checkpoint` (of the save that came after
+    the record before); the rates and shares of `accounting.speeds`; what was compiled (not for
+    observers, nor by Orbax when it saves), after the first record nothing; and `peak_memory_mib`
+    since the process began. Used as a context manager; time is counted from its creation on.
     """
 
-    def __init__(self, folder: str | Path, accounts: Accounts, *, after: int | None):
+    def __init__(self, folder: str | Path, accounts: Accounts):
         self._file, self._accounts = Path(folder) / "speed.jsonl", accounts
-        cut_log(self._file, lambda record: after is not None and record["step"] <= after)
         kind, devices = jax.devices()[0].device_kind, jax.device_count()
         peak = peak_flops(kind)
         self._peak = None if peak is None else peak * devices
         self._compilations, self._counted = Compilations(), Counter()
         self._work, self._spent, self._since = Work(), Counter(), time.perf_counter()
         self._all_work, self._all_spent = Work(), Counter()
+
+    def resume(self, start: int) -> None:
+        """Forget what was recorded past the step that training goes on from; at 0, everything."""
+        cut_log(self._file, lambda record: 0 < start and record["step"] <= start)
 
     @contextmanager
     def on(self, what: str) -> Iterator[None]:
@@ -115,19 +118,12 @@ class SpeedLog:
         """Count a step on this batch, as the host made it."""
         self._work = self._work.plus(self._accounts.of(batch))
 
-    def compiled(self) -> str:
-        """What was compiled since the last record, as a line for people."""
-        found = self._compiled()
-        return (
-            f"{found['programs']} programs in {self._elapsed():.1f} s, "
-            f"{found['programs_from_cache']} of them from the cache"
-        )
-
     def write(self, step: int) -> None:
         """Record the steps since the last record, of which `step` is the last one."""
-        work, elapsed, spent = self._work, self._elapsed(), self._spent
+        work, elapsed, spent = self._work, time.perf_counter() - self._since, self._spent
         spent["host"] = elapsed - sum(spent.values())
-        compiled = self._compiled()
+        so_far = self._compilations.so_far()
+        compiled = {name: value - self._counted[name] for name, value in so_far.items()}
         self._counted.update(compiled)
         record = {"step": step, "steps": work.steps, "pairs": work.pairs, "tokens": work.tokens}
         record |= {f"seconds/{what}": value for what, value in spent.items()}
@@ -155,12 +151,6 @@ class SpeedLog:
     def _speeds(self, work: Work, spent: Counter) -> dict[str, float]:
         return speeds(work, {what: float(spent[what]) for what in TRAINING}, peak=self._peak)
 
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._since
-
-    def _compiled(self) -> dict[str, int | float]:
-        return {k: v - self._counted[k] for k, v in self._compilations.so_far().items()}
-
     def __enter__(self) -> "SpeedLog":
         self._compilations.__enter__()
         return self
@@ -181,8 +171,9 @@ def peak_memory() -> tuple[int, str]:
 class ProgressLine:
     """A bar with rate, loss and time left; a line every few seconds without a terminal.
 
-    `update(done, seen=..., **values)` says how many steps are done and how many pairs, or
-    what else is counted as `unit`, they held; used as a context manager.
+    `update(done, seen=..., **values)` says how many steps are done and how many pairs, or what
+    else is counted as `unit`, were seen here. Steps that are done where nothing was seen yet were
+    there before, and say nothing of the time left. Used as a context manager.
     """
 
     def __init__(
@@ -216,14 +207,15 @@ class ProgressLine:
         self._bar.stop()
 
     def update(self, done: int, *, seen: int, **values: float) -> None:
-        """Show that `done` steps are over, with `seen` units since the start of this line."""
+        """Show that `done` steps are over, with `seen` units since this line began."""
         now = time.monotonic()
+        if not seen:
+            self.start, self.began = done, now
         rate = f"{seen / max(now - self.began, 1e-9):.1f} {self.unit}/s"
         shown = "  ".join([rate] + [f"{k} {v:.4f}" for k, v in values.items()])
         self._bar.update(self._task, completed=done, values=shown)
-        if not self.console.is_terminal and (
-            now - self.spoke > LINE_EVERY_SECONDS or done == self.total
-        ):
+        quiet = self.console.is_terminal or not seen
+        if not quiet and (now - self.spoke > LINE_EVERY_SECONDS or done == self.total):
             left = (now - self.began) / max(done - self.start, 1) * (self.total - done)
             self.console.print(f"{self.label} {done}/{self.total}  {shown}  {left:.0f} s left")
             self.spoke = now

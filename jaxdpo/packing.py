@@ -85,28 +85,33 @@ def levelled(
     [[1, 0, 0, 1]]
     """
     every, count = np.arange(len(sizes)), sizes.shape[1]
+    # Axis by axis in int32, and rows counted through all batches: of the time of a start, packing
+    # is the part that grows with the batch.
+    axes = [axis] if limits is None else [axis, 1 - axis]
+    first = rows * every[:, None]
+    filled = loads(sizes, places, rows).reshape(-1, 2).T[axes].astype(np.int32)
     # Each row has an example of no size: an exchange for it is a move.
     sizes = np.pad(sizes, ((0, 0), (0, rows), (0, 0)))
-    places = np.concatenate([places, np.tile(np.arange(rows), (len(sizes), 1))], axis=1)
-    filled = loads(sizes, places, rows)
+    sizes = np.ascontiguousarray(np.moveaxis(sizes, 2, 0)[axes], np.int32)
+    places = np.concatenate([places, np.tile(np.arange(rows), (len(every), 1))], axis=1) + first
     for one in range(count if rows > 1 else 0):
         here = places[:, one]
-        moved = sizes[:, one, None] - sizes
-        ours, theirs = filled[every, here][:, None], filled[every[:, None], places]
+        moved = sizes[:, :, one, None] - sizes
+        ours, theirs = filled[:, here, None], filled.take(places, axis=1)
         fuller = np.maximum(ours - moved, theirs + moved)
-        gain = np.maximum(ours, theirs)[..., axis] - fuller[..., axis]
+        gain = np.maximum(ours[0], theirs[0]) - fuller[0]
         if limits is not None:
-            gain[fuller[..., 1 - axis] > limits[:, None]] = 0
+            gain[fuller[1] > limits[:, None]] = 0
         other = gain.argmax(1)
         better = np.flatnonzero(gain[every, other] > 0)
         other, here = other[better], here[better]
         there = places[better, other]
-        filled[better, here] -= moved[better, other]
-        filled[better, there] += moved[better, other]
+        filled[:, here] -= moved[:, better, other]
+        filled[:, there] += moved[:, better, other]
         places[better, one] = there
         real = other < count
         places[better[real], other[real]] = here[real]
-    return places[:, :count]
+    return places[:, :count] - first
 
 
 def bucket_edges(

@@ -103,7 +103,7 @@ def _blank_stage() -> ConfigDict:
     stage.max_prompt_length = 256  # None with truncation "drop"
     stage.truncation = "official"  # see tokens.Limits
     stage.layout = "shared"  # or "separate", the plain twin
-    stage.row_length = 2048  # positions that a row is packed to, about; 0: a pair to a row
+    stage.row_length = 2048  # positions that the mean row has at most; 0: a pair to a row
     stage.num_buckets = 4  # row shapes at most, each of which is compiled
     stage.batch_size = 64  # pairs, over all devices and micro-batches
     stage.eval_batch_size = 32
@@ -148,8 +148,6 @@ def check(config: ConfigDict) -> None:
             raise InputError(f"{name}.data: eval_limit and eval_split have no effect without eval")
         if stage.optimizer == "rmsprop" and stage.weight_decay:
             raise InputError(f"{name}.weight_decay: has no effect with rmsprop; set it to 0")
-        if stage.layout == "separate" and stage.row_length:
-            raise InputError(f"{name}.row_length: has no effect with layout separate; set it to 0")
         for key, (low, high) in RANGES.items():
             if key in stage and not low <= stage[key] <= high:
                 raise InputError(f"{name}.{key}: {stage[key]} is not between {low} and {high}")

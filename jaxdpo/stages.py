@@ -31,18 +31,22 @@ from jaxdpo import (
     sharding,
     synthetic,
 )
+from jaxdpo.accounting import Accounts
 from jaxdpo.analysis import report, trajectories
-from jaxdpo.batching import Batches
+from jaxdpo.batching import Batch, Batches
 from jaxdpo.checkpoint import Checkpoints, abstract
+from jaxdpo.compilation import Programs
 from jaxdpo.decoding import Constraints
 from jaxdpo.drift import Drift, first_pairs
-from jaxdpo.metrics import ProgressLine, console, read_metrics
+from jaxdpo.lock import locked
+from jaxdpo.metrics import ProgressLine, SpeedLog, console, read_metrics
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import write_json
 from jaxdpo.samples import Hearing, check_room, first_prompts
 from jaxdpo.stage_data import in_rows, stage_batches
 from jaxdpo.step import (
     Objective,
+    TrainState,
     initial_state,
     make_train_step,
     state_shardings,
@@ -55,7 +59,15 @@ from jaxdpo.tokens import (
     load_tokenizer,
     num_tokens,
 )
-from jaxdpo.train import Loop, Observer, put_batch, train_loop
+from jaxdpo.train import (
+    Loop,
+    Observer,
+    abstract_batches,
+    compiled,
+    compiled_ahead,
+    put_batch,
+    train_loop,
+)
 
 # How far rounding alone can move a loss that must be log 2 at the first step.
 NOISE_FLOOR = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
@@ -104,6 +116,11 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     workdir = Path(os.path.abspath(workdir))
     recipe.check(config)
     compilation.check_dtype(config.model.dtype)
+    with locked(workdir):
+        _run(config, workdir)
+
+
+def _run(config: ConfigDict, workdir: Path) -> None:
     recipe.claim(config, workdir)
     if config.synthetic:
         _write_synthetic(config, workdir)
@@ -222,7 +239,8 @@ def _run_stage(this: Run, name: str, stage: Stage | None, start: Start) -> Start
     settings, folder = this.config[name], this.workdir / name
     if stage is not None:
         keep = settings.keep_checkpoints
-        with Checkpoints(folder / "checkpoints", keep=keep, clean=True) as checkpoints:
+        say = functools.partial(console.print, markup=False)
+        with Checkpoints(folder / "checkpoints", keep=keep, clean=True, say=say) as checkpoints:
             _train(this, stage, start, checkpoints)
             checkpoints.wait()
         write_json(folder / "done.json", read_metrics(folder)[-1])
@@ -233,35 +251,59 @@ def _run_stage(this: Run, name: str, stage: Stage | None, start: Start) -> Start
 
 
 def _train(this: Run, stage: Stage, start: Start, checkpoints: Checkpoints) -> None:
-    params = _add_reference(this, stage, start) if stage.name == "dpo" else None
-    if checkpoints.latest_step is not None:
-        params = None  # they go before the checkpoint's come
-    state, first = _state(this, start, params, stage.tx, checkpoints)
-    del params  # donated with the state; the reference is data from here on
+    latest, batches, is_dpo = checkpoints.latest_step, stage.batches, stage.name == "dpo"
+    init = functools.partial(initial_state, tx=stage.tx)
+    like = _abstract_state(this, stage, init)
+    parts = jax.device_count() * stage.settings.micro_batches
+    accounts = Accounts(stage.model, batches["train"].store.lengths, parts=parts)
+    with SpeedLog(stage.folder, accounts) as speed:
+        # A step that does not fit must say so before the reference is computed.
+        loop = compiled_ahead(_loop(this, stage, start, like), like, batches, logps=is_dpo)
+        params = None
+        if is_dpo:
+            with speed.on("reference"):
+                params = _add_reference(this, stage, start, seed=(this.config.seed, latest or 0))
+        if latest is not None:
+            params = None  # they go before the checkpoint's come
+            latest, state = checkpoints.restore_latest(like)
+            console.print(f"resumed from step {latest}")
+        else:
+            params = start.load() if params is None else params
+            places = jax.tree.map(lambda x: x.sharding, like)
+            state = jax.jit(init, donate_argnums=0, out_shardings=places)(params)
+        del params  # donated with the state; the reference is data from here on
+        train_loop(loop, state, latest or 0, batches, checkpoints, stage.folder, speed)
+
+
+def _abstract_state(this: Run, stage: Stage, init: Callable[[Any], TrainState]) -> TrainState:
+    """The state of a stage without its numbers, placed on the mesh."""
+    params = runs.param_shapes(stage.model)
+    return abstract(jax.eval_shape(init, params), state_shardings(params, stage.tx, this.mesh))
+
+
+def _loop(this: Run, stage: Stage, start: Start, like: TrainState) -> Loop:
+    settings = stage.settings
     step = make_train_step(
         stage.objective,
         stage.tx,
-        max_grad_norm=stage.settings.max_grad_norm,
-        micro_batches=stage.settings.micro_batches,
-        shardings=jax.tree.map(lambda x: x.sharding, state),
+        max_grad_norm=settings.max_grad_norm,
+        micro_batches=settings.micro_batches,
+        shardings=jax.tree.map(lambda x: x.sharding, like),
     )
-    loop = Loop(
+    return Loop(
         name=stage.name,
-        model=stage.model,
-        micro_batches=stage.settings.micro_batches,
         train_step=step,
         eval_step=jax.jit(lambda params, batch: stage.objective(params, batch)[2]),
         schedule=stage.schedule,
         put=functools.partial(put_batch, mesh=this.mesh),
-        source=stage.settings.data.train,
-        eval_every=stage.settings.eval_every,
-        checkpoint_every=stage.settings.checkpoint_every,
-        max_skipped_in_a_row=stage.settings.max_skipped_in_a_row,
+        source=settings.data.train,
+        eval_every=settings.eval_every,
+        checkpoint_every=settings.checkpoint_every,
+        max_skipped_in_a_row=settings.max_skipped_in_a_row,
         expected_first_loss=stage.expected_first_loss,
         noise_floor=NOISE_FLOOR[this.model.dtype],
         observers=_observers(stage, start),
     )
-    train_loop(loop, state, first, stage.batches, checkpoints, stage.folder)
 
 
 def _observers(stage: Stage, start: Start) -> list[Observer]:
@@ -277,39 +319,73 @@ def _observers(stage: Stage, start: Start) -> list[Observer]:
     return found
 
 
-def _add_reference(this: Run, stage: Stage, start: Start) -> Any:
+def _add_reference(this: Run, stage: Stage, start: Start, *, seed: tuple[int, int]) -> Any:
     """Give the batches the reference's log-probabilities; returns its parameters.
 
     They are the parameters that training starts from. Also where the numbers are there already
-    some are computed again: that they are of these weights is seen, not believed.
+    some, drawn by `seed`, are computed again: that they are of these weights is seen, not believed.
     """
-    name, params = stage.name, start.load()
-    logps = jax.jit(functools.partial(token_logps, stage.model))
-    compute = lambda batch: logps(params, put_batch(batch, this.mesh))
+    params, sides, noise = start.load(), stage.batches.items(), 0.0
     made_from = _made_from(this, stage.settings, params)
-    noise, dtype = 0.0, this.model.dtype
-    for side, data in stage.batches.items():
-        in_order = in_rows(this.config, name, data.store, this.mesh, "eval_batch_size")
+    files = {
+        side: (stage.folder / f"reference/{side}.npy", made_from | {"tokens": data.store.key})
+        for side, data in sides
+    }
+    in_order = {
+        side: _in_order(this, stage, side)
+        for side, data in sides
+        if reference.begun(*files[side], data.store) < len(data.store)
+    }
+    micro_batches = {"train": stage.settings.micro_batches, "eval": 1}
+    draw = lambda side: reference.drawn(
+        stage.batches[side], seed=seed, micro_batches=micro_batches[side]
+    )
+    logps = _forward(this, stage, params, in_order, [draw(side) for side, _ in sides])
+    for side, data in sides:
         with ProgressLine(f"reference {side}", len(data.store)) as line:
-            data.reference = reference.kept(
-                stage.folder / f"reference/{side}.npy",
-                made_from | {"tokens": data.store.key},
-                compute,
-                in_order,
-                progress=lambda done, seen: line.update(done, seen=seen),  # noqa: B023
-            )
-        try:
-            noise = max(noise, reference.check(compute, data, dtype=dtype, seed=this.config.seed))
-        except InputError as error:
-            raise InputError(
-                f"{name} {side}: {error}; delete {stage.folder / 'reference'} to have them "
-                "computed again"
-            ) from error
+            told = lambda done, seen: line.update(done, seen=seen)  # noqa: B023
+            passed = in_order.get(side, data)
+            data.reference = reference.kept(*files[side], logps, passed, progress=told)
+        noise = max(noise, _checked(this, files[side][0], logps, draw(side)))
     console.print(
-        f"{name}: reference {start.source}: noise floor of a token's log-probability: {noise:.1e} "
-        f"nats ({dtype}); of its reward: {stage.settings.beta * noise:.1e}"
+        f"{stage.name}: reference {start.source}: noise floor of a token's log-probability: "
+        f"{noise:.1e} nats ({this.model.dtype}); of its reward: {stage.settings.beta * noise:.1e}"
     )
     return params
+
+
+def _in_order(this: Run, stage: Stage, side: str) -> Batches:
+    """The examples of one side as the file has them; evaluation's batches are so already."""
+    data = stage.batches[side]
+    if side == "eval":
+        return data
+    return in_rows(this.config, stage.name, data.store, this.mesh, "eval_batch_size")
+
+
+def _forward(
+    this: Run, stage: Stage, params: Any, in_order: dict[str, Batches], drawn: list[Batch]
+) -> reference.TokenLogps:
+    """The reference's log-probabilities, compiled for every batch that it will be asked for."""
+    put = functools.partial(put_batch, mesh=this.mesh)
+    bare = lambda batch: put(batch._replace(reference_token_logps=None))
+    shapes = [abstract(x, jax.tree.map(lambda leaf: leaf.sharding, x)) for x in map(bare, drawn)]
+    for data in in_order.values():
+        shapes += abstract_batches(data, put, logps=False)
+    function = jax.jit(functools.partial(token_logps, stage.model))
+    programs = Programs(function, params, dict.fromkeys(shapes))
+    compiled(f"{stage.name} reference", [programs])
+    return lambda batch: programs(params, bare(batch))
+
+
+def _checked(this: Run, file: Path, logps: reference.TokenLogps, batch: Batch) -> float:
+    platform = this.mesh.devices.flat[0].platform
+    try:
+        return reference.check(logps, batch, dtype=this.model.dtype, platform=platform)
+    except InputError as error:
+        raise InputError(
+            f"{file}: {error}; delete {file.name} and {file.stem}.json there to have them computed "
+            "again"
+        ) from error
 
 
 def _made_from(this: Run, settings: ConfigDict, params: Any) -> dict[str, Any]:
@@ -322,17 +398,3 @@ def _made_from(this: Run, settings: ConfigDict, params: Any) -> dict[str, Any]:
         "truncation": {key: settings[key] for key in limits},
         "dtype": this.model.dtype,
     }
-
-
-def _state(this: Run, start: Start, params: Any, tx, checkpoints: Checkpoints):
-    """The state to go on from, and the number of steps it has seen."""
-    shapes = runs.param_shapes(this.model)
-    shardings = state_shardings(shapes, tx, this.mesh)
-    init = functools.partial(initial_state, tx=tx)
-    latest = checkpoints.latest_step
-    if latest is not None:
-        state = checkpoints.restore(latest, abstract(jax.eval_shape(init, shapes), shardings))
-        console.print(f"resumed from step {latest}")
-        return state, latest
-    params = start.load() if params is None else params
-    return jax.jit(init, donate_argnums=0, out_shardings=shardings)(params), 0

@@ -8,23 +8,24 @@ observers see (`samples`, `drift`), and what a speed is (`accounting`).
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxdpo import InputError, sharding
-from jaxdpo.accounting import Accounts
 from jaxdpo.batching import Batch, Batches, RowShape, prefetch
 from jaxdpo.checkpoint import Checkpoints
-from jaxdpo.compilation import Programs, compile_all
+from jaxdpo.compilation import Compilations, Programs, compile_all
 from jaxdpo.metrics import MetricsWriter, ProgressLine, SpeedLog, console
-from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import Record, cut_log, line
 from jaxdpo.step import Metrics, TrainState, means
+
+T = TypeVar("T")
 
 
 class Observer(NamedTuple):
@@ -54,8 +55,6 @@ class Loop(NamedTuple):
     """What the loop calls and obeys; everything in it is fixed over the stage."""
 
     name: str
-    model: PythiaConfig
-    micro_batches: int
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # jitted
     eval_step: Callable[[Any, Batch], Metrics]  # jitted
     schedule: Callable[[int], Any]
@@ -76,8 +75,41 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(put, batch)
 
 
-def abstract_batch(batch: Batch, shape: RowShape) -> Batch:
-    """The shapes that a batch of another row shape has, placed as this one is."""
+def one_ahead(results: Iterable[T]) -> Iterator[T]:
+    """Each result once the next one is under way, so that no device waits for the host.
+
+    >>> list(one_ahead(iter("abc")))
+    ['a', 'b', 'c']
+    """
+    before = []
+    for result in results:
+        if _alone():
+            jax.block_until_ready(result)
+        yield from before
+        before = [result]
+    yield from before
+
+
+def _alone() -> bool:
+    """Whether a program must have ended before the next begins: on fake devices they can starve
+    each other."""
+    return jax.default_backend() == "cpu" and jax.device_count() > 1
+
+
+def abstract_batches(
+    batches: Batches, put: Callable[[Batch], Batch], *, logps: bool
+) -> list[Batch]:
+    """A batch of each row shape without its numbers, placed as `put` does it.
+
+    With the reference's log-probabilities or without, whether or not they are there already.
+    """
+    like = put(batches[0])
+    reference = jax.ShapeDtypeStruct(like.slots.shape, np.float32, sharding=like.slots.sharding)
+    like = like._replace(reference_token_logps=reference if logps else None)
+    return [_abstract(like, shape) for shape in batches.shapes]
+
+
+def _abstract(batch: Batch, shape: RowShape) -> Batch:
     rows = shape.rows * (batch.tokens.shape[0] // batch.examples.shape[0])
     sizes = dict.fromkeys(Batch._fields[:4], (rows, shape.length))
     sizes |= dict.fromkeys(Batch._fields[4:], (rows, shape.scored))
@@ -90,26 +122,37 @@ def abstract_batch(batch: Batch, shape: RowShape) -> Batch:
     return Batch(*map(one, Batch._fields, batch))
 
 
-def compiled_ahead(loop: Loop, state: TrainState, batches: dict[str, Batches]) -> Loop:
+def compiled(what: str, programs: Sequence[Programs]) -> None:
+    """Compile all programs, saying so; `InputError` where one does not fit a device's memory."""
+    console.print(f"{what}: compiling {sum(map(len, programs))} programs ...")
+    began = time.perf_counter()
+    with Compilations() as counted:
+        try:
+            compile_all(programs)
+        except InputError as error:
+            raise InputError(f"{what}: {error}") from error
+    found, seconds = counted.so_far(), time.perf_counter() - began
+    console.print(
+        f"{what}: {found['programs']} programs in {seconds:.1f} s, "
+        f"{found['programs_from_cache']} of them from the cache"
+    )
+
+
+def compiled_ahead(
+    loop: Loop, state: TrainState, batches: dict[str, Batches], *, logps: bool
+) -> Loop:
     """The loop with both steps compiled for all row shapes, and its learning rates known.
 
-    Raises `InputError` where a step does not fit the memory of a device. A learning rate that
-    was computed in the loop would have to wait for the step that a device is at.
+    `state` may be without its numbers; `logps` says whether the batches will have the reference's.
+    Raises `InputError` where a step does not fit the memory of a device. A learning rate that was
+    computed in the loop would have to wait for the step that a device is at.
     """
-
-    def programs(function, first, data):
-        like = loop.put(data[0])
-        return Programs(function, first, [abstract_batch(like, shape) for shape in data.shapes])
-
+    shapes = {side: abstract_batches(data, loop.put, logps=logps) for side, data in batches.items()}
     steps = {
-        "train_step": programs(loop.train_step, state, batches["train"]),
-        "eval_step": programs(loop.eval_step, state.params, batches["eval"]),
+        "train_step": Programs(loop.train_step, state, shapes["train"]),
+        "eval_step": Programs(loop.eval_step, state.params, shapes["eval"]),
     }
-    console.print(f"{loop.name}: compiling {sum(map(len, steps.values()))} programs ...")
-    try:
-        compile_all(list(steps.values()))
-    except InputError as error:
-        raise InputError(f"{loop.name}: {error}") from error
+    compiled(loop.name, list(steps.values()))
     rates = jax.device_get(loop.schedule(np.arange(len(batches["train"]))))
     return loop._replace(**steps, schedule=rates.__getitem__)
 
@@ -126,11 +169,51 @@ def due(every: int, step: int, total: int) -> bool:
 def evaluate(loop: Loop, params: Any, batches: Batches) -> dict[str, float]:
     """The objective's metrics over the whole data set, every example once."""
     totals: dict[str, tuple[float, float]] = {}
-    for batch in prefetch(batches, 0, len(batches)):
-        for name, pair in jax.device_get(loop.eval_step(params, loop.put(batch))).items():
+    ahead = prefetch(batches, 0, len(batches))
+    for metrics in one_ahead(loop.eval_step(params, loop.put(batch)) for batch in ahead):
+        for name, pair in jax.device_get(metrics).items():
             total, count = totals.get(name, (0.0, 0.0))
             totals[name] = (total + float(pair[0]), count + float(pair[1]))
     return {f"eval/{name}": value for name, value in means(totals).items()}
+
+
+class _Session(NamedTuple):
+    """A stage that trains from step `start` on: what is looked at on the way, and written down."""
+
+    loop: Loop
+    start: int
+    batches: dict[str, Batches]
+    writer: MetricsWriter
+    speed: SpeedLog
+    progress: ProgressLine
+
+    def observed(self, step: int, params: Any) -> dict[str, float]:
+        """Let the observers look that are due; the metrics of an evaluation, if that is due."""
+        loop, total = self.loop, len(self.batches["train"])
+        with self.speed.on("observers"):
+            for observer in loop.observers:
+                if due(observer.every, step, total):
+                    observer.look(step, params)
+        with self.speed.on("evaluation"):
+            if due(loop.eval_every, step, total):
+                return evaluate(loop, params, self.batches["eval"])
+        return {}
+
+    def began(self, params: Any) -> None:
+        """Step 0: what the model is before the first update."""
+        evaluated = self.observed(0, params)
+        _check_first(self.loop, evaluated, "eval")
+        self.writer.write({"step": 0} | evaluated)
+
+    def finish(self, step: int, metrics: Metrics, evaluated: dict[str, float]) -> None:
+        """Wait for a step's metrics and write its line."""
+        with self.speed.on("device"):
+            metrics = jax.device_get(metrics)
+        data = self.batches["train"]
+        record = _record(self.loop, step, metrics, evaluated, data)
+        self.writer.write(record)
+        seen = (step - self.start) * data.batch_size
+        self.progress.update(step, seen=seen, loss=record["train/loss"])
 
 
 def train_loop(
@@ -140,76 +223,61 @@ def train_loop(
     batches: dict[str, Batches],
     checkpoints: Checkpoints,
     folder: Path,
+    speed: SpeedLog,
 ) -> None:
     """Train from step `start` to the last batch, leaving checkpoints and logs in `folder`.
 
-    A step's metrics are fetched while the next one runs. Before a checkpoint they are
-    written to disk, so that a resumed run finds the lines of all steps before it.
+    The loop's steps are compiled already (`compiled_ahead`), and `speed` counts from before that.
     """
-    total, after = len(batches["train"]), start if start else None
-    for observer in loop.observers:
-        observer.resume(start)
-    # Steps in flight on fake devices can starve each other.
-    block = jax.default_backend() == "cpu" and jax.device_count() > 1
-    parts = jax.device_count() * loop.micro_batches
-    accounts = Accounts(loop.model, batches["train"].store.lengths, parts=parts)
-    with SpeedLog(folder, accounts, after=after) as speed:
-        loop = compiled_ahead(loop, state, batches)  # or else nothing has begun
-        console.print(f"{loop.name}: {speed.compiled()}")
-        with (
-            MetricsWriter(folder, after=after) as writer,
-            ProgressLine(loop.name, total, start=start) as progress,
-        ):
+    total = len(batches["train"])
+    for log in (speed, *loop.observers):
+        log.resume(start)
+    with (
+        MetricsWriter(folder, after=start or None) as writer,
+        ProgressLine(loop.name, total, start=start) as progress,
+    ):
+        session = _Session(loop, start, batches, writer, speed, progress)
+        if start == 0:
+            session.began(state.params)
+        speed.write(start)
+        _train(session, state, checkpoints)
+    if start < total:
+        console.print(f"{loop.name}: {speed.summary()}")
 
-            def observed(step: int, params: Any) -> dict[str, float]:
-                with speed.on("observers"):
-                    for observer in loop.observers:
-                        if due(observer.every, step, total):
-                            observer.look(step, params)
-                with speed.on("evaluation"):
-                    now = due(loop.eval_every, step, total)
-                    return evaluate(loop, params, batches["eval"]) if now else {}
 
-            if start == 0:
-                evaluated = observed(0, state.params)
-                _check_first(loop, evaluated, "eval")
-                writer.write({"step": 0} | evaluated)
-            speed.write(start)
+def _train(session: _Session, state: TrainState, checkpoints: Checkpoints) -> None:
+    """All steps that are left.
 
-            def finish(step: int, metrics: Metrics, evaluated: dict) -> None:
-                with speed.on("device"):
-                    metrics = jax.device_get(metrics)
-                record = _record(loop, step, metrics, evaluated, batches["train"])
-                writer.write(record)
-                done = (step - start) * batches["train"].batch_size
-                progress.update(step, seen=done, loss=record["train/loss"])
-
-            cadences = [loop.eval_every, loop.checkpoint_every, *(o.every for o in loop.observers)]
-            ahead, pending = prefetch(batches["train"], start, total), None
-            for step in range(start + 1, total + 1):
-                with speed.on("input"):
-                    batch = next(ahead)
-                with jax.transfer_guard("disallow"):  # nothing moves to or from a device unasked
-                    state, metrics = loop.train_step(state, loop.put(batch))
-                speed.add(batch)
-                stop = any(due(every, step, total) for every in cadences)
-                if block or stop:  # what is done at a stop is not the step's time
-                    with speed.on("device"):
-                        jax.block_until_ready(state)
-                if pending:
-                    finish(*pending)
-                evaluated = observed(step, state.params)
-                pending = (step, metrics, evaluated)
-                if due(loop.checkpoint_every, step, total):
-                    finish(*pending)
-                    pending = None
-                    writer.flush()
-                    with speed.on("checkpoint"):
-                        checkpoints.save(step, state, loss=evaluated.get("eval/loss"))
-                if stop:
-                    speed.write(step)
-        if start < total:
-            console.print(f"{loop.name}: {speed.summary()}")
+    A step's metrics are fetched while the next one runs. Before a checkpoint they are written to
+    disk, and its speed with them, so that a resumed run finds the lines of all steps before it.
+    """
+    loop, start, speed, data = session.loop, session.start, session.speed, session.batches["train"]
+    looks = [loop.eval_every, *(observer.every for observer in loop.observers)]
+    total, pending, ahead = len(data), None, prefetch(data, start, len(data))
+    for step in range(start + 1, total + 1):
+        saves = due(loop.checkpoint_every, step, total)
+        stops = saves or any(due(every, step, total) for every in looks)
+        with speed.on("input"):
+            batch = next(ahead)
+        with jax.transfer_guard("disallow"):  # nothing moves to or from a device unasked
+            state, metrics = loop.train_step(state, loop.put(batch))
+        speed.add(batch)
+        if stops or _alone():  # what is done at a stop is not the step's time
+            with speed.on("device"):
+                jax.block_until_ready(state)
+        if pending:
+            session.finish(*pending)
+        evaluated = session.observed(step, state.params)
+        pending = (step, metrics, evaluated)
+        if saves:
+            session.finish(*pending)
+            pending = None
+            session.writer.flush()
+        if stops:
+            speed.write(step)
+        if saves:
+            with speed.on("checkpoint"):
+                checkpoints.save(step, state, loss=evaluated.get("eval/loss"))
 
 
 def _record(loop: Loop, step: int, metrics: Metrics, evaluated: dict, batches: Batches) -> dict:

@@ -173,6 +173,7 @@ def test_evaluation_keeps_the_files_order():
 @pytest.mark.parametrize("layout", ["shared", "separate"])
 def test_processes_hold_the_rows_of_the_single_process(layout):
     store = token_store(ragged_lengths(16))
+    targets = np.concatenate([np.concatenate(store[i][1:]) for i in range(16)])
     row_length = 30 if layout == "shared" else 0
     make = lambda process: Batches(
         store,
@@ -181,14 +182,17 @@ def test_processes_hold_the_rows_of_the_single_process(layout):
         divisor=4,
         seed=0,
         layout=layout,
+        reference=targets * 0.5,
         process=process,
     )
     whole = make((0, 1))[1]
     assert whole.examples.shape[1] == (1 if layout == "separate" else 2)
     parts = [make((rank, 4))[1] for rank in range(4)]
     for leaf, pieces in zip(whole, zip(*parts, strict=True), strict=True):
-        if leaf is not None:
-            np.testing.assert_array_equal(leaf, np.concatenate(pieces))
+        np.testing.assert_array_equal(leaf, np.concatenate(pieces))
+    for part in parts:
+        wanted = np.where(part.slots >= 0, part.targets * 0.5, 0)
+        np.testing.assert_array_equal(part.reference_token_logps, wanted)
 
 
 def test_buckets_are_few_and_the_smallest_that_holds_is_taken():
@@ -261,6 +265,46 @@ def test_little_is_padding(draw, positions, scored, divisor):
     found = batches.padding
     assert found.positions / found.all_positions > positions, str(found)
     assert found.scored / found.all_scored > scored, str(found)
+
+
+@pytest.mark.parametrize("pairs, divisor, rows", [(8, 1, 2), (16, 2, 4), (12, 4, 4), (6, 4, 4)])
+def test_the_mean_row_is_no_longer_than_asked(pairs, divisor, rows):
+    """Pairs of 378: eight are 1.5 rows of 2048, sixteen 3, twelve 2.2."""
+    store = token_store([[310, 35, 35]] * 48)
+    batches = Batches(store, batch_size=pairs, row_length=2048, divisor=divisor)
+    assert batches.num_rows == rows and batches.shapes[-1].length <= 2048
+
+
+def slowly_levelled(sizes, places, rows, axis, limit):
+    """One batch, by the rule: each example in turn where the fuller of two rows falls most."""
+    count, places = len(sizes), [*places, *range(rows)]
+    sizes = [*sizes, *[np.zeros(2, int)] * rows]  # nothing, in every row
+    load = lambda row: sum(size for size, at in zip(sizes, places, strict=True) if at == row)
+    for one in range(count):
+        best, swapped = 0, None
+        for other in range(count + rows):
+            ours, theirs = load(places[one]), load(places[other])
+            moved = sizes[one] - sizes[other]
+            fuller = np.maximum(ours - moved, theirs + moved)
+            gain = max(ours[axis], theirs[axis]) - fuller[axis]
+            if gain > best and (limit is None or fuller[1 - axis] <= limit):
+                best, swapped = gain, other
+        if swapped is not None:
+            places[one], here = places[swapped], places[one]
+            if swapped < count:
+                places[swapped] = here
+    return places[:count]
+
+
+@pytest.mark.parametrize("axis, limits", [(0, None), (1, np.arange(3) * 10 + 200)])
+def test_levelling_follows_the_rule_in_any_company(axis, limits):
+    sizes = np.random.default_rng(axis).integers(1, 100, (3, 12, 2))
+    places = packing.dealt(sizes, 3)
+    level = packing.levelled(sizes, places, 3, axis, limits)
+    for batch, limit in enumerate([None] * 3 if limits is None else limits):
+        slow = slowly_levelled(sizes[batch], places[batch], 3, axis, limit)
+        assert level[batch].tolist() == slow
+    assert (level != places).any()
 
 
 def test_fillers_weigh_nothing():

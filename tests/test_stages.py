@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,7 @@ def test_all_is_compiled_before_the_first_step_and_speed_is_told(finished):
         before, *records = read_log(finished / stage / "speed.jsonl")
         assert before["step"] == before["steps"] == 0
         assert before["programs"] >= {"sft": 2, "dpo": 3}[stage]  # DPO has two row shapes here
+        assert ("seconds/reference" in before) == (stage == "dpo")
         assert [record["step"] for record in records] == [2, 4, 6, 8, 10, 12]
         assert {record["programs"] for record in records} == {0}
         assert sum(record["pairs"] for record in records) == 96
@@ -124,7 +126,7 @@ def test_no_second_copy_of_the_parameters_lives_in_training(finished, tmp_path):
     counted = lambda: sum(array.shape == (320, 16) for array in jax.live_arrays())
     before, found = counted(), []
 
-    def looked(loop, state, first, batches, checkpoints, folder):
+    def looked(loop, state, first, batches, checkpoints, *_):
         found.append((first, counted() - before))
         if first == 0:
             checkpoints.save(1, state, loss=None)
@@ -134,17 +136,58 @@ def test_no_second_copy_of_the_parameters_lives_in_training(finished, tmp_path):
         found.append(("restored beside", counted() - before))
         return restore(*arguments)
 
-    config = recipe(stages=("dpo",), model__weights=f"{finished}:sft", model__name="")
-    config.model.overrides = ConfigDict()
-    restore = Checkpoints.restore
+    def drawn(*arguments, seed, **options):
+        seeds.append(seed)
+        return draw(*arguments, seed=seed, **options)
+
+    restore, draw, seeds = Checkpoints.restore, stages.reference.drawn, []
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages.reference, "drawn", drawn)
         patch.setattr(stages, "train_loop", looked)
         patch.setattr(Checkpoints, "restore", restored)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
-                stages.run(config, tmp_path)
+                stages.run(after_sft(finished), tmp_path)
     # Embedding and unembedding, and the two moments of each.
     assert found == [(0, 6), ("restored beside", 0), (1, 6)]
+    assert list(dict.fromkeys(seeds)) == [(0, 0), (0, 1)]  # each start checks another batch
+
+
+def after_sft(finished, **changes):
+    config = recipe(stages=("dpo",), model__weights=f"{finished}:sft", model__name="", **changes)
+    config.model.overrides = ConfigDict()
+    return config
+
+
+@pytest.mark.slow
+def test_a_reference_is_packed_compiled_and_computed_once(finished, tmp_path, monkeypatch, capfd):
+    """What is computed again at each start fits what a step fits: a micro-batch."""
+    packed, checked, steps = [], [], []
+    in_rows, check = stages.in_rows, stages.reference.check
+
+    def packing(*arguments):
+        packed.append(arguments[-1])
+        return in_rows(*arguments)
+
+    def checking(logps, batch, **options):
+        checked.append(len(batch.tokens))
+        return check(logps, batch, **options)
+
+    def loop(*_):
+        steps.append(re.findall(r"dpo reference: compiling (\d+)", capfd.readouterr().err))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "in_rows", packing)
+    monkeypatch.setattr(stages.reference, "check", checking)
+    monkeypatch.setattr(stages, "train_loop", loop)
+    monkeypatch.setattr(stages, "compiled_ahead", lambda loop, *_, **__: loop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            stages.run(after_sft(finished, dpo__batch_size=16, dpo__micro_batches=2), tmp_path)
+    assert packed == ["eval_batch_size"]  # of train, once; evaluation's batches are there
+    assert checked == [8, 8, 8, 8]  # of training's 16 rows half
+    # Two passes and a half of a training batch; then what is checked, of either.
+    assert steps == [["3"], ["2"]]
 
 
 @pytest.mark.slow
@@ -244,7 +287,10 @@ MISTAKES = {
     ),
     "batch over micro-batches": (dict(sft__micro_batches=3), "batch_size: 8 .* multiple of 24"),
     "rows too short": (dict(dpo__row_length=16), "row_length: 16 is less than the .* line"),
-    "separate rows cannot be packed": (dict(dpo__layout="separate"), "dpo.row_length: has no"),
+    "separate rows cannot be packed": (
+        dict(dpo__layout="separate"),
+        r"^dpo \(batch_size=8\): row_length: 2048 has no effect",
+    ),
     "heads over tensor": (dict(mesh__tensor=8, mesh__data=1), "num_heads"),
     "mesh over devices": (dict(mesh__data=3), "devices"),
     "folder without weights": (dict(model__weights="{workdir}", model__name=""), "config.json"),
@@ -309,14 +355,18 @@ def test_a_mistake_does_not_spoil_the_folder(tmp_path):
             stages.run(recipe(stages=("dpo",), **changes), tmp_path)
 
 
-def test_a_step_that_does_not_fit_has_begun_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_step_that_does_not_fit_has_begun_nothing(tmp_path, monkeypatch, stage):
+    """Not even a reference."""
+
     def full(programs):
         raise InputError("does not fit")
 
     monkeypatch.setattr(train, "compile_all", full)
     for batch_size in (16, 8):  # or the second would be another configuration
-        with pytest.raises(InputError, match="^sft: does not fit"):
-            stages.run(recipe(stages=("sft",), sft__batch_size=batch_size), tmp_path)
+        with pytest.raises(InputError, match=f"^{stage}: does not fit"):
+            stages.run(recipe(stages=(stage,), **{f"{stage}__batch_size": batch_size}), tmp_path)
+    assert not (tmp_path / stage / "reference").exists()
 
 
 @pytest.mark.parametrize("changes, named", MISTAKES.values(), ids=MISTAKES.keys())
@@ -382,9 +432,14 @@ def test_bfloat16_parameters_resume_bit_for_bit(tmp_path):
         patch.setattr(Checkpoints, "save", stopping_after(4, Checkpoints.save))
         with pytest.raises(KeyboardInterrupt):
             stages.run(config, tmp_path / "broken")
+    # Killed right after a save: the speed of the steps before it is on disk as their metrics are.
+    assert [r["step"] for r in read_log(tmp_path / "broken/sft/speed.jsonl")] == [0, 2, 4]
     stages.run(config, tmp_path / "broken")
     runs = [read_metrics(tmp_path / name / "sft") for name in ("whole", "broken")]
     assert runs[0] == runs[1]
+    speed = read_log(tmp_path / "broken/sft/speed.jsonl")
+    assert sum(record["steps"] for record in speed) == TOTAL
+    assert speed[2]["seconds/checkpoint"] > 0  # of the save at step 2
 
 
 def stopping_after(step, save):

@@ -205,6 +205,28 @@ def test_the_noise_floor_is_rounding_and_nothing_else(model, store, logps):
     assert noise_floor(model, store, moved, examples=2) <= FLOAT32
 
 
+@pytest.mark.parametrize("mesh", [dict(devices=jax.devices()[:1]), dict(fsdp=2)])
+def test_two_examples_share_a_row_also_where_devices_are_more(
+    name, store, logps, monkeypatch, mesh
+):
+    """Of three examples two: the third is alone in any case."""
+    right, together = token_scores._scorer, []
+
+    def looking(model):
+        score = right(model)
+
+        def looked(batch):
+            together.append((batch.examples >= 0).sum(1).max().item())
+            return score(batch)
+
+        return looked
+
+    monkeypatch.setattr(token_scores, "_scorer", looking)
+    model = language_model(name, sharding.make_mesh(**mesh))
+    assert noise_floor(model, store, logps) <= FLOAT32
+    assert max(together) == 2
+
+
 def test_a_batch_of_another_shape_that_is_read_wrongly_would_show(model, store, logps, monkeypatch):
     right = token_scores._scorer
     wrong = lambda model: lambda batch: jnp.roll(right(model)(batch), 1, axis=1)

@@ -17,13 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Encoding, Tokenizer
 
-from jaxdpo import InputError, step
+from jaxdpo import InputError, batching, step
 from jaxdpo.batching import Batch, Batches
 from jaxdpo.completions import rows_of
 from jaxdpo.language_models import LanguageModel
 from jaxdpo.metrics import ProgressLine
 from jaxdpo.pairs import Pair
-from jaxdpo.reference import reference_token_logps
+from jaxdpo.reference import place, reference_token_logps
 from jaxdpo.tokens import Limits, TokenStore, text_ids, tokenize
 from jaxdpo.train import put_batch
 
@@ -173,13 +173,22 @@ def noise_floor(
     )
     rows, score = functools.partial(rows_of, _mesh(model)), _scorer(model)
     other = rows(_other_rows(rows(min(_ROWS, len(store))), int(few.lengths.sum(axis=1).max())))
-    largest = 0.0
-    two = 2 * int(few.lengths.sum(axis=1).max())  # positions that any two examples have room in
-    packed = dict(batch_size=2 * rows(1), row_length=two, divisor=rows(1))
-    for shape in (packed, dict(batch_size=other)):
-        again = reference_token_logps(score, Batches(few, **shape))
-        largest = max(largest, float(np.abs(again - logps[: len(again)]).max()))
-    return largest
+    again = (
+        _logps_in_twos(score, few, rows(1)),
+        reference_token_logps(score, Batches(few, batch_size=other)),
+    )
+    return max(float(np.abs(found - logps[: len(found)]).max()) for found in again)
+
+
+def _logps_in_twos(score: Callable[[Batch], jax.Array], store: TokenStore, rows: int) -> np.ndarray:
+    """The log-probabilities of neighbours that share a row, so many rows at a time; flat."""
+    every = np.arange(len(store))
+    twos = np.pad(every, (0, -len(store) % (2 * rows)), constant_values=-1).reshape(-1, 2)
+    found, shape = np.zeros(store.scored_offsets[-1], np.float32), batching.row_shape(store, twos)
+    for groups in twos.reshape(-1, rows, 2):
+        batch = batching.rows(store, groups, shape)
+        place(found, jax.device_get(score(batch)), batch, store)
+    return found
 
 
 def _other_rows(scored: int, length: int) -> int:
