@@ -18,14 +18,13 @@ Lengths are (prompt, chosen, rejected) in tokens; a rejected response of 0 is su
 fine-tuning. Left out: clocks and memory (`metrics`).
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxdpo.attention import keys_per_row
+from jaxdpo.attention import keys_per_row, splash_tiling
 from jaxdpo.pythia_config import PythiaConfig
 
 # FLOP/s of one device in dense bfloat16, by its `device_kind`; makers' data sheets. A device of
@@ -192,22 +191,23 @@ def multiplied_keys(config: PythiaConfig, segment_ids: Int[np.ndarray, "B T"]) -
     """Products of a query with a key that `config.attention` makes of rows, visible or not.
 
     "blocks" makes those of its blocks back to a segment's beginning, or somewhat before; rows are
-    counted as on a CPU, each by itself. "cudnn" makes all; "splash" makes those of its blocks on
-    and below the diagonal, not farther from it than `attention_span`, and runs twice.
+    counted as on a CPU, each by itself. "cudnn" makes those on and below the diagonal, in tiles
+    that are taken to be of 128; "splash" makes those of its blocks there that are not farther
+    from it than `attention_span`, and runs twice.
 
     >>> rows = np.repeat([[1, 2]], 512, axis=1)
     >>> [multiplied_keys(PythiaConfig.from_name("pythia-70m", attention=one), rows)
     ...  for one in ("blocks", "cudnn", "splash")]
-    [434176, 1048576, 1572864]
+    [434176, 589824, 1572864]
     """
     rows, length = segment_ids.shape
     if config.attention == "cudnn":
-        return rows * length**2
+        return rows * 128**2 * _triangle(-(-length // 128))
     if config.attention == "splash":
-        block = math.gcd(length, 512)
+        block, count = splash_tiling(length)
         span = min(config.attention_span or length, length)
         back = -(-(span - 1) // block)  # blocks before a query's own that it may reach
-        return rows * 2 * block**2 * sum(min(i, back) + 1 for i in range(length // block))
+        return rows * 2 * block**2 * sum(min(i, back) + 1 for i in range(count))
     return int(keys_per_row(segment_ids, config.attention_span).sum())
 
 

@@ -9,8 +9,9 @@ compute the same, none of which keeps a `[B, N, T, T]` array for the backward pa
   for a rest, those before its first query's segment: the program has the block with a few
   widths, and takes at run time the least that will do.
 - "cudnn", on GPUs, in bfloat16 and float16: cuDNN's flash kernel, behind
-  `jax.nn.dot_product_attention`. It knows no branches, so it is given the mask, one boolean for
-  all heads.
+  `jax.nn.dot_product_attention`. It knows no branches, so it is given the mask, one number for
+  all heads, and is told that it is causal as well, or it would multiply all keys. (Of `span` it
+  is not told: beside a mask it takes a window from version 9.10.2 on only.)
 - "splash", on TPUs: JAX's Pallas kernel. It compares segment ids, which cannot say that a
   prompt is seen by both branches, so it runs twice, once for the rows without their rejected
   responses and once without the chosen ones: the time of its sequences apart, in attention
@@ -124,8 +125,7 @@ def attend(
     """softmax(q k^T / sqrt(H)) v over the keys that `attention_mask` admits, softmax in float32.
 
     No segment may be longer than `span` (None: than the row), or its tokens lose sight of its
-    beginning. What padding gets is finite, and differs between implementations. "splash" pads
-    rows to a multiple of 128 positions.
+    beginning. What padding gets is finite, and differs between implementations.
 
     >>> row, ids = jnp.ones((1, 3, 1, 2)), jnp.array([[1, 1, 1]])
     >>> attend(row, row, row, ids, ids * 0).shape
@@ -136,7 +136,8 @@ def attend(
     span = min(span or q.shape[1], q.shape[1])
     if implementation == "cudnn":
         mask = attention_mask(segment_ids, branch_ids)[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+        how = {"is_causal": True, "implementation": "cudnn"}
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, **how)
     # Heads before positions, as both of the others multiply them.
     by_head = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
     of_rows = {"splash": _splash, "blocks": _blocks}[implementation]
@@ -326,16 +327,31 @@ def _product(axes, a, b):
 _whole_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
+def splash_tiling(length: int) -> tuple[int, int]:
+    """How many positions a block of "splash" has, and how many blocks a row, padding included.
+
+    In small blocks a kernel spends its time on starting them, and keeps a gradient of the queries
+    for each block of keys; so short rows are padded to whole lanes, and long ones to blocks of 512.
+
+    >>> [splash_tiling(length) for length in (368, 1000, 1152)]
+    [(128, 3), (512, 2), (512, 3)]
+    """
+    multiple = _LANES if length < 8 * _LANES else 4 * _LANES
+    padded = -(-length // multiple) * multiple
+    block = math.gcd(padded, 4 * _LANES)
+    return block, padded // block
+
+
 def _splash(q, k, v, segment_ids, branch_ids, span):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     heads, whole = q.shape[1], q.shape[2]
-    padding = [(0, 0), (0, -whole % _LANES)]  # of segment 0
+    block, count = splash_tiling(whole)
+    padding = [(0, 0), (0, block * count - whole)]  # of segment 0
     segment_ids, branch_ids = (jnp.pad(ids, padding) for ids in (segment_ids, branch_ids))
     q, k, v = (jnp.pad(x, [(0, 0), *padding, (0, 0)]) for x in (_scaled(q), k, v))
     length = q.shape[2]
-    block = math.gcd(length, 4 * _LANES)
     sizes = splash.BlockSizes(*[block] * 6, use_fused_bwd_kernel=True)
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.LocalMask((length, length), (span - 1, 0), 0)] * heads),

@@ -8,6 +8,7 @@ fit says so before anything is trained, and nothing is compiled later.
 Left out: what is compiled (`step`), and when (`train`).
 """
 
+import contextlib
 import errno
 import math
 import os
@@ -26,6 +27,7 @@ from jaxdpo.pythia_config import PythiaConfig
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # from the cache as well
 _FROM_CACHE = "/jax/compilation_cache/cache_hits"
+_ROOM = 2 * 2**30  # bytes of programs that are kept for other runs
 _TOO_LARGE = (
     "a step does not fit the memory of a device; lower batch_size, raise micro_batches, or set "
     "model.remat"
@@ -35,20 +37,20 @@ _TOO_LARGE = (
 def persist() -> str | None:
     """Keep compiled programs in a folder, so that the next process need not compile them.
 
-    The folder is JAX_COMPILATION_CACHE_DIR, or else jaxdpo/jax among the user's caches;
-    JAX_ENABLE_COMPILATION_CACHE=false turns it off. Returns a line of warning where the folder
-    cannot be written to, and then nothing is kept.
+    The folder is JAX_COMPILATION_CACHE_DIR, or else jaxdpo/jax among the user's caches, of which
+    the programs used last are kept, 2 GiB of them; JAX_ENABLE_COMPILATION_CACHE=false turns it
+    off. A program is found again on a CPU of the same instructions only. Returns a line of warning
+    where the folder cannot be written to, or can be by others, and then nothing is kept.
     """
     if not jax.config.jax_enable_compilation_cache:
         return None
-    folder = jax.config.jax_compilation_cache_dir or _user_folder()
+    given = jax.config.jax_compilation_cache_dir
+    folder = given or _user_folder()
     try:
         if "://" not in folder:
-            # A program from it is executed: the folder must be the user's own.
-            Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-            if os.name == "posix" and Path(folder).stat().st_mode & 0o002:
-                raise PermissionError(errno.EACCES, "anyone may write to it")
-            tempfile.TemporaryFile(dir=folder).close()
+            _claim(folder)
+        if not given and jax.config.jax_compilation_cache_max_size == -1:  # JAX's own bound
+            _trim(folder)
     except OSError as error:
         jax.config.update("jax_compilation_cache_dir", None)
         return (
@@ -66,6 +68,34 @@ def _user_folder() -> str:
     return os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxdpo", "jax"
     )
+
+
+def _claim(folder: str) -> None:
+    """Make the folder, or raise `OSError` where it is not the user's alone to write to.
+
+    A program from it is executed.
+    """
+    if folder.startswith("~"):
+        raise FileNotFoundError(errno.ENOENT, "there is no home folder")
+    Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = Path(folder).stat()
+    if os.name == "posix" and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        raise PermissionError(errno.EACCES, "others own it or may write to it")
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+def _trim(folder: str) -> None:
+    """Remove what was longest unused and does not fit into `_ROOM`; others may do so as well."""
+    found = []
+    for file in Path(folder).glob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):
+            status = file.stat()
+            found.append((max(status.st_atime, status.st_mtime), status.st_size, file))
+    room = _ROOM
+    for _, size, file in sorted(found, reverse=True):
+        room -= size
+        if room < 0:
+            file.unlink(missing_ok=True)
 
 
 class Compilations:
@@ -109,22 +139,22 @@ class Compilations:
 
 
 class Programs:
-    """A jitted function of two arguments, compiled for every shape of the second one.
+    """A jitted function of two arguments, compiled for every form of the second one.
 
-    Called as the function is; a shape that it was not made for is a `KeyError`, never a
-    compilation. Donation and shardings are the function's.
+    Called as the function is; a tree, shape or dtype that it was not made for is a `KeyError`,
+    never a compilation. Donation and shardings are the function's.
     """
 
     def __init__(self, function: Callable, first: Any, seconds: Iterable[Any]):
         """Lower `function(first, second)` for each second; arrays may be `ShapeDtypeStruct`s."""
-        self._lowered = {_shapes(second): function.lower(first, second) for second in seconds}
+        self._lowered = {_form(second): function.lower(first, second) for second in seconds}
         self._compiled: dict[tuple, Any] = {}
 
     def __len__(self) -> int:
         return len(self._lowered)
 
     def __call__(self, first: Any, second: Any) -> Any:
-        return self._compiled[_shapes(second)](first, second)
+        return self._compiled[_form(second)](first, second)
 
 
 def compile_all(programs: Sequence[Programs]) -> int:
@@ -159,14 +189,15 @@ def _memory(program: Any) -> int:
     return held + size.temp_size_in_bytes
 
 
-def _shapes(tree: Any) -> tuple:
-    return tuple(leaf.shape for leaf in jax.tree.leaves(tree))
+def _form(tree: Any) -> tuple:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 def check_dtype(dtype: str) -> None:
     """Raise `InputError` where the devices cannot train or decode in this dtype.
 
-    Both are lowered for a model of one layer: no table says which products a backend lacks.
+    Both are compiled for a model of one layer: no table says which products a backend lacks.
     float32 is everywhere.
 
     >>> check_dtype("bfloat16")
@@ -188,9 +219,9 @@ def check_dtype(dtype: str) -> None:
     params = jax.eval_shape(lambda key: pythia.init_params(config, key), jax.random.key(0))
     try:
         for function in (jax.grad(loss), decoded):
-            jax.jit(function).lower(params)
-    except ValueError as error:
-        kind = jax.devices()[0].device_kind
+            jax.jit(function).lower(params).compile()
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        kind, why = jax.devices()[0].device_kind, str(error).partition("\n")[0]
         raise InputError(
-            f"model.dtype: {dtype} does not do on this device, {kind} ({error}); choose another"
+            f"model.dtype: {dtype} does not do on this device, {kind} ({why}); choose another"
         ) from error

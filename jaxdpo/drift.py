@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -23,6 +24,7 @@ from jaxdpo.completions import memory, rows_of
 from jaxdpo.pythia_cache import decoding_params
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import Record
+from jaxdpo.scored_logps import chunk_size
 from jaxdpo.tokens import TokenStore
 from jaxdpo.train import put_batch
 
@@ -131,21 +133,52 @@ class Drift:
 
 @functools.partial(jax.jit, static_argnums=0)
 def states(model: PythiaConfig, policy: Any, reference: Any, batch: Batch) -> States:
-    """Both models at the scored positions of a batch, [B, S] each."""
+    """Both models at the scored positions of a batch, [B, S] each.
 
-    def logps_and_logits(params):
-        hidden = pythia.hidden_states(
-            model, params, batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids
-        )
-        hidden = qfunction.scored_hidden(hidden, batch.scored_positions)
-        logps = qfunction.token_logps(
-            hidden, params["unembedding"], batch.targets, logits_memory=model.logits_memory
-        )
-        return logps, qfunction.logits(hidden, params["unembedding"])
+    Their logits exist for as many positions at a time as `model.logits_memory` holds of both.
+    """
+    parts, chunk = _chunks(model, batch)
+    hidden = (_predicting(model, params, batch) for params in (policy, reference))
+    tables = policy["unembedding"], reference["unembedding"]
 
-    (policy_logps, ours), (reference_logps, theirs) = map(logps_and_logits, (policy, reference))
-    expected = qfunction.expected_log_ratios(ours, theirs)
-    return States(policy_logps, reference_logps, expected, qfunction.kl_divergences(theirs, ours))
+    def of_chunk(chunk):
+        *hidden, targets = chunk
+        ours, theirs = map(qfunction.logits, hidden, tables)
+        logps = (_taken(jax.nn.log_softmax(z), targets) for z in (ours, theirs))
+        expected = qfunction.expected_log_ratios(ours, theirs)
+        return States(*logps, expected, qfunction.kl_divergences(theirs, ours))
+
+    chunks = tuple(_split(x, parts, chunk) for x in (*hidden, batch.targets))
+    found = States(*(x.swapaxes(0, 1).reshape(parts, -1) for x in jax.lax.map(of_chunk, chunks)))
+    shape = batch.targets.shape
+    return States(*(x[:, : math.prod(shape) // parts].reshape(shape) for x in found))
+
+
+def _predicting(model: PythiaConfig, params: Any, batch: Batch) -> jax.Array:
+    hidden = pythia.hidden_states(
+        model, params, batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids
+    )
+    return qfunction.scored_hidden(hidden, batch.scored_positions)
+
+
+def _taken(values: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values, targets[..., None], axis=-1)[..., 0]
+
+
+def _chunks(model: PythiaConfig, batch: Batch) -> tuple[int, int]:
+    """Into how many parts devices split the rows, and how many positions of each are a chunk."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.gcd(mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1), len(batch.targets))
+    vocabulary = model.vocab_size // mesh.shape.get("tensor", 1)
+    positions, both = batch.targets.size // parts, 2 * vocabulary
+    return parts, chunk_size(positions, both, model.logits_memory)
+
+
+def _split(x: jax.Array, parts: int, chunk: int) -> jax.Array:
+    """[B, S, ...] -> [chunks, parts, chunk, ...]: a device keeps its rows."""
+    x = x.reshape(parts, -1, *x.shape[2:])
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(parts, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
 
 def first_pairs(store: TokenStore, count: int) -> TokenStore:

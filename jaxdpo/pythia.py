@@ -42,16 +42,12 @@ class _Layer(nn.Module):
         fan_in = nn.initializers.normal(math.sqrt(2 / (5 * c.width)))
         to_residual = nn.initializers.normal(2 / (c.num_layers * math.sqrt(c.width)))
 
-        def linear(features, axis=-1, kernel_init=fan_in):
-            types = {"dtype": c.dtype, "param_dtype": c.param_dtype, "dot_general": _product}
-            return nn.DenseGeneral(features, axis, kernel_init=kernel_init, **types)
-
         self.attention_norm = _LayerNorm(c)
-        self.qkv = linear((c.num_heads, 3, c.head_width))
-        self.out = linear(c.width, (-2, -1), to_residual)
+        self.qkv = _Linear(c, 1, (c.num_heads, 3, c.head_width), fan_in)
+        self.out = _Linear(c, 2, (c.width,), to_residual)
         self.mlp_norm = _LayerNorm(c)
-        self.up = linear(c.mlp_width)
-        self.down = linear(c.width, kernel_init=to_residual)
+        self.up = _Linear(c, 1, (c.mlp_width,), fan_in)
+        self.down = _Linear(c, 1, (c.width,), to_residual)
 
     def __call__(self, x, ids, cos, sin):
         how = {"span": self.config.attention_span, "implementation": self.config.attention}
@@ -146,18 +142,54 @@ def rotate(
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def _product(x, kernel, dimension_numbers, **how):
-    """The `dot_general` of a linear layer, as a product of two matrices.
+class _Linear(nn.Module):
+    """x -> x @ kernel + bias over the last `summed` axes of x, in `config.dtype`."""
 
-    With rows and positions on two axes, XLA on a CPU copies a factor of a weight's gradient
-    transposed before it multiplies, which takes as long again.
+    config: PythiaConfig
+    summed: int
+    features: tuple[int, ...]
+    kernel_init: Any
+
+    @nn.compact
+    def __call__(self, x):
+        c, kept = self.config, x.ndim - self.summed
+        matrix = (math.prod(x.shape[kept:]), math.prod(self.features))
+        initial = lambda key, shape: self.kernel_init(key, matrix, c.param_dtype).reshape(shape)
+        kernel = self.param("kernel", initial, (*x.shape[kept:], *self.features))
+        bias = self.param("bias", nn.initializers.zeros, self.features, c.param_dtype)
+        # With rows and positions on two axes, XLA on a CPU copies a factor of a weight's gradient
+        # transposed before it multiplies, which takes as long again.
+        flat = x.astype(c.dtype).reshape(-1, matrix[0]), kernel.reshape(matrix), bias.reshape(-1)
+        affine = _affine if c.dtype == "float32" else _affine_in_half
+        return affine(*flat).reshape(*x.shape[:kept], *self.features)
+
+
+def _affine(x, kernel, bias):
+    return _product(x, kernel.astype(x.dtype), 1, 0) + bias.astype(x.dtype)[None]
+
+
+@jax.custom_vjp
+def _affine_in_half(x, kernel, bias):
+    """`_affine` whose gradients of kernel and bias are not rounded to the dtype of x on the way.
+
+    They are sums over all positions, those of other devices too, and are added up in float32.
     """
-    summed = len(dimension_numbers[0][0])  # the last axes of x, the first of the kernel
-    length = math.prod(kernel.shape[:summed])
-    shape = x.shape[: x.ndim - summed] + kernel.shape[summed:]
-    flat = (((1,), (0,)), ((), ()))
-    y = jax.lax.dot_general(x.reshape(-1, length), kernel.reshape(length, -1), flat, **how)
-    return y.reshape(shape)
+    return _affine(x, kernel, bias)
+
+
+def _affine_backward(residuals, g):
+    x, kernel, bias = residuals
+    of_kernel = _product(x, g, 0, 0, preferred_element_type=jnp.float32)
+    of_bias = g.astype(jnp.float32).sum(axis=0)
+    of_x = _product(g, kernel.astype(x.dtype), 1, 1)
+    return of_x, of_kernel.astype(kernel.dtype), of_bias.astype(bias.dtype)
+
+
+_affine_in_half.defvjp(lambda *inputs: (_affine(*inputs), inputs), _affine_backward)
+
+
+def _product(x, y, x_axis, y_axis, **how):
+    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), **how)
 
 
 def _gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:

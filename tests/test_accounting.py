@@ -166,6 +166,14 @@ def test_splash_skips_blocks_that_no_query_reaches():
         row = np.ones((1, 2048), int)
         keys = multiplied_keys(dataclasses.replace(config, attention_span=span), row)
         assert keys == 2 * blocks * 512**2, span
+    padded = np.ones((3, 1100), int)  # to 3 blocks of 512
+    assert multiplied_keys(config, padded) == 3 * 2 * 6 * 512**2
+
+
+def test_cudnn_skips_what_is_above_the_diagonal():
+    config = dataclasses.replace(WIDE, attention="cudnn", attention_span=200)
+    for length, tiles in {128: 1, 384: 6, 400: 10}.items():
+        assert multiplied_keys(config, np.ones((2, length), int)) == 2 * tiles * 128**2
 
 
 def test_utilisation_is_a_share_of_the_peak_and_unknown_without_one():

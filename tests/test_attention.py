@@ -4,8 +4,10 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,8 @@ import numpy as np
 import pytest
 from examples import TINY, ragged_lengths, token_store
 
-from jaxdpo import attention, pythia
-from jaxdpo.batching import RowShape, rows
+from jaxdpo import attention, pythia, sharding, stages
+from jaxdpo.batching import Batches, RowShape, rows
 
 LENGTH, SPAN = 72, 21  # no example of `row_ids` is longer than 20
 HEADS = (2, 16)
@@ -134,6 +136,39 @@ def test_the_tpu_kernel_equals_attention_written_out(monkeypatch):
     assert_equal(found, expected, 1e-5)  # other blocks, so other sums
 
 
+@pytest.mark.parametrize("length", [300, 1040])
+def test_the_tpu_kernel_is_given_what_is_counted(length, monkeypatch):
+    """Long rows whole blocks of 512: a length of 1040 = 16 x 65 would else have blocks of 128."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    made = []
+
+    def kernel(mask, *, block_sizes, **_):
+        made.append((mask.shape, block_sizes.block_q, block_sizes.block_kv_dkv))
+        return lambda q, k, v, segment_ids: v
+
+    monkeypatch.setattr(splash, "make_splash_mha", kernel)
+    row, ids = jnp.ones((1, length, 2, 8)), jnp.ones((1, length), int)
+    found = attention.attend(row, row, row, ids, 0 * ids, span=200, implementation="splash")
+    block, count = attention.splash_tiling(length)
+    assert made == [((2, block * count, block * count), block, block)]
+    assert found.shape == row.shape and (block, count) == {300: (128, 3), 1040: (512, 3)}[length]
+
+
+def test_cudnn_is_told_that_its_mask_is_causal(ids, expected, monkeypatch):
+    """Or it multiplies what is masked; that the mask still counts, by XLA's form of it."""
+    asked, plain = [], jax.nn.dot_product_attention
+
+    def recorded(*heads, implementation, **how):
+        asked.append((implementation, how["is_causal"]))
+        return plain(*heads, implementation="xla", **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    attended = functools.partial(attention.attend, span=SPAN, implementation="cudnn")
+    assert_equal(value_and_grads(attended, *heads_and_weights(ids), ids), expected, 1e-5)
+    assert asked == [("cudnn", True)]
+
+
 def test_the_scale_is_no_number_of_bfloat16(ids):
     """1/sqrt(80) is none; rounded, forward and backward would differ by more than all else."""
     rng = np.random.default_rng(0)
@@ -176,6 +211,26 @@ def test_rematerialisation_can_save_attention(ids):
     policies = jax.checkpoint_policies
     assert exponentials(policies.save_only_these_names(attention.SAVED)) == 2
     assert exponentials(policies.nothing_saveable) == 3
+
+
+@pytest.mark.parametrize("longer", ["train", "eval"])
+def test_a_stage_looks_as_far_back_as_the_longest_example_of_either_side(
+    longer, monkeypatch, tmp_path
+):
+    """Or tokens would lose sight of their beginning, and nothing would say so."""
+    lengths = {"train": [4, 3, 3], "eval": [4, 3, 3]} | {longer: [40, 3, 3]}
+    batches = {
+        side: Batches(token_store([each] * 8), batch_size=8) for side, each in lengths.items()
+    }
+    monkeypatch.setattr(stages, "stage_batches", lambda *_: batches)
+    recipe = Path(__file__).parents[1] / "configs/quickstart.py"
+    config = runpy.run_path(str(recipe))["get_config"]()
+    config.dpo.samples = config.dpo.trajectories = 0
+    this = stages.Run(config, tmp_path, sharding.make_mesh(), None, TINY)
+    stage = stages._prepared(this, "dpo")
+    examples = [(data[0].segment_ids > 0).sum(1).max() for data in batches.values()]
+    assert max(examples) == 40 + 2 + 2  # of a response the last token is not in its row
+    assert max(examples) <= stage.model.attention_span < max(examples) + 16
 
 
 def test_an_unknown_program_is_refused(ids):
@@ -221,8 +276,8 @@ from jaxdpo import attention, sharding
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
 mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=devices)
 spec = lambda *axes: NamedSharding(mesh, P(("data", "fsdp"), *axes))
-heads = jax.ShapeDtypeStruct((8, 512, 4, 80), jnp.bfloat16, sharding=spec(None, "tensor"))
-ids = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=spec())
+heads = jax.ShapeDtypeStruct((8, 1152, 4, 80), jnp.bfloat16, sharding=spec(None, "tensor"))
+ids = jax.ShapeDtypeStruct((8, 1152), jnp.int32, sharding=spec())
 
 def loss(q, k, v, *ids):
     out = attention.attend(q, k, v, *ids, span=300, implementation="splash")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxdpo import InputError, compilation
@@ -44,9 +45,14 @@ def test_programs_run_every_shape_without_compiling_and_donate():
     assert state.tolist() == [13.0] * 3
 
 
-def test_a_shape_that_was_not_foreseen_is_an_error():
+@pytest.mark.parametrize(
+    "batch",
+    [np.ones((8, 3), "f4"), np.ones((2, 3), "i4"), {"rows": np.ones((2, 3), "f4")}],
+    ids=["shape", "dtype", "tree"],
+)
+def test_what_was_not_foreseen_is_an_error(batch):
     with pytest.raises(KeyError):
-        made()(jnp.ones(3), jnp.ones((8, 3)))
+        made()(jnp.ones(3), batch)
 
 
 def test_all_programs_go_to_whom_they_belong():
@@ -82,8 +88,16 @@ def test_a_dtype_that_the_device_lacks_is_named(monkeypatch):
     def lacking(*_, **__):
         raise ValueError("The precision 'F16_F16_F32' is not supported by dot_general on CPU")
 
-    monkeypatch.setattr(compilation.qfunction, "token_logps", lacking)
-    with pytest.raises(InputError, match="model.dtype: float16.*cpu.*dot_general"):
+    with monkeypatch.context() as patch:
+        patch.setattr(compilation.qfunction, "token_logps", lacking)
+        with pytest.raises(InputError, match="model.dtype: float16.*cpu.*dot_general"):
+            check_dtype("float16")
+
+    def refusing(_):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: no F16 kernel\n trace")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refusing)
+    with pytest.raises(InputError, match=r"float16.*\(UNIMPLEMENTED: no F16 kernel\); choose"):
         check_dtype("float16")
 
 
@@ -120,6 +134,45 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, settings):
     assert jax.config.jax_compilation_cache_dir is None
 
 
+@pytest.mark.parametrize("mode", [0o770, 0o702])
+def test_a_folder_that_others_may_write_to_is_not_trusted(tmp_path, settings, mode):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(mode)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+    assert "not trusted (others own it or may write to it)" in persist()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_folder_of_another_user_is_not_trusted(tmp_path, settings, monkeypatch):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    assert "not trusted (others own it or may write to it)" in persist()
+
+
+def test_without_a_home_nothing_is_written(tmp_path, settings, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert "~/.cache/jaxdpo/jax: cannot be written to" in persist()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_users_own_folder_keeps_what_was_used_last(tmp_path, settings, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compilation, "_ROOM", 5)
+    folder = tmp_path / "jaxdpo/jax"
+    folder.mkdir(mode=0o700, parents=True)
+    # Made in this order, read in another one; the last was never read again.
+    for name, read, made in [("a", 30, 10), ("b", 20, 20), ("c", 10, 25)]:
+        (folder / f"{name}-cache").write_text("xx")
+        os.utime(folder / f"{name}-cache", (read, made))
+    for given, left in [(str(folder), "abc"), (None, "ac")]:
+        jax.config.update("jax_compilation_cache_dir", given)
+        assert persist() is None
+        assert sorted(file.name for file in folder.iterdir()) == [f"{x}-cache" for x in left]
+
+
 def test_it_can_be_turned_off(tmp_path, settings):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
     jax.config.update("jax_enable_compilation_cache", False)
@@ -141,3 +194,6 @@ def test_the_next_process_compiles_nothing(tmp_path):
     )
     assert first["programs"] == second["programs"] > 0
     assert (first["programs_from_cache"], second["programs_from_cache"]) == (0, second["programs"])
+    # What is counted when old ones are removed.
+    kept = [file for file in (tmp_path / "cache").iterdir() if file.name.endswith("-cache")]
+    assert len(kept) == first["programs"]

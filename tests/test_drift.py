@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,24 @@ def test_sums_are_the_evaluations_metrics(store, mesh, models, record):
     assert {"rewards/chosen", "rewards/accuracies", "logps/rejected"} <= shared
     found = {name: record[name] for name in shared}
     assert found == pytest.approx({name: metrics[name] for name in shared}, rel=1e-5, abs=1e-5)
+
+
+def test_logits_of_both_models_take_no_more_memory_than_they_are_given(store):
+    """As all at once; of a device's positions 16 at a time, where two share 2^14 tokens."""
+    wide = dataclasses.replace(TINY, vocab_size=2**14)
+    params = [jax.jit(init_params, static_argnums=0)(wide, jax.random.key(i)) for i in (0, 1)]
+    batch = Batches(store, batch_size=8)[0]
+    expected = drift.states(wide, *params, batch)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding.param_shardings(params, mesh))
+        small = dataclasses.replace(wide, logits_memory=1)
+        program = drift.states.lower(small, *placed, put_batch(batch, mesh)).compile()
+    found = program(*placed, put_batch(batch, mesh))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    sizes = re.findall(rf"f32\[([\d,]+),{2**13}\]", program.as_text())
+    assert max(math.prod(map(int, size.split(","))) for size in sizes) == 16
 
 
 def test_a_policy_that_is_its_reference_earns_nothing(measured, models):

@@ -56,6 +56,34 @@ def test_a_folder_for_programs_that_cannot_be_written_is_one_line_of_warning(dat
     assert not any("warning" in line for line in others)
 
 
+FLAGS = """
+import importlib, importlib.metadata, os, sys
+
+sys.path.append("launch")
+os.environ["XLA_FLAGS"], installed = "", importlib.metadata.version
+for platforms in ("", "cpu", "tpu,cpu", "cuda"):
+    for version in ("0.10.1", "0.12.0.1", "0.13.0", "0.9.2"):
+        os.environ |= {"JAX_PLATFORMS": platforms, "XLA_FLAGS": "--mine"}
+        importlib.metadata.version = lambda name: version if name == "jaxlib" else installed(name)
+        sys.modules.pop("door", None)
+        import door
+        print(platforms or "any", version, os.environ["XLA_FLAGS"])
+"""
+
+
+def test_the_flag_for_cpus_is_set_where_it_is_known_and_of_use():
+    """Before the user's own, which count more; XLA ends a process at a flag that it lacks."""
+    done = subprocess.run(
+        [sys.executable, "-c", FLAGS], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false --mine"
+    for line in done.stdout.splitlines():
+        platforms, version, flags = line.split(maxsplit=2)
+        known = version in ("0.10.1", "0.12.0.1")
+        assert flags == (flag if known and platforms != "cuda" else "--mine"), line
+    assert len(done.stdout.splitlines()) == 16
+
+
 def test_decode_shows_and_writes_what_a_model_says(tmp_path):
     out, file = tmp_path / "said.jsonl", tmp_path / "asked.jsonl"
     rows = [{"prompt": text, "chosen": " a", "rejected": " b"} for text in (*TEXTS, "")]

@@ -1,5 +1,6 @@
 """One update: the same whatever the layout, packing, micro-batches or mesh; and what it refuses."""
 
+import dataclasses
 from functools import partial
 
 import chex
@@ -10,7 +11,7 @@ import optax
 import pytest
 from examples import TINY, ragged_lengths, token_store
 
-from jaxdpo import batching, losses, pythia, sharding
+from jaxdpo import batching, losses, pythia, scored_logps, sharding
 from jaxdpo.batching import Batches, row_shape
 from jaxdpo.reference import reference_token_logps
 from jaxdpo.step import (
@@ -137,6 +138,35 @@ def test_packing_by_length_changes_nothing(params, reference, plain):
 def test_micro_batches_change_nothing(params, reference, plain, micro_batches, layout):
     batch = batch_of(ALONE, layout=layout, reference=reference)
     check_equal(result(DPO, params, batch, micro_batches), plain)
+
+
+@pytest.mark.parametrize(
+    "axes, groups",
+    [
+        ((8, 1, 1), [[0, 1, 2], [3, 4, -1], *[[i, -1, -1] for i in (5, -1, 6, 7, -1, -1)]]),
+        ((2, 2, 2), ALONE.reshape(4, 2)),
+    ],
+    ids=["8x1x1", "2x2x2"],
+)
+def test_every_gradient_is_the_plain_twins_on_eight_devices(
+    params, reference, plain, monkeypatch, axes, groups
+):
+    """Packed, prompts shared, the reference cached, logits in chunks; each tensor by itself."""
+    positions = []  # of a device: no memory in MiB is as small as these rows
+    monkeypatch.setattr(scored_logps, "chunk_size", lambda n, *_: positions.append(n) or 8)
+    model = dataclasses.replace(TINY, logits_memory=3)  # as no other test has it, so traced anew
+    objective = preference_objective(model, partial(losses.dpo_loss, beta=0.3), beta=0.3)
+    mesh = sharding.make_mesh(data=axes[0], fsdp=axes[1], tensor=axes[2])
+    batch = put_batch(batch_of(groups, reference=reference), mesh)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding.param_shardings(params, mesh))
+        found = jax.device_get(result(objective, placed, batch, 1))
+    assert min(positions) > 8
+    check_equal(found, plain)
+    grads, expected = found[0], jax.device_get(plain[0])
+    error = lambda a, b: np.abs(a - b).max() / np.abs(b).max()
+    for path, value in jax.tree_util.tree_leaves_with_path(jax.tree.map(error, grads, expected)):
+        assert value <= 1e-5, jax.tree_util.keystr(path)
 
 
 def test_sft_is_the_mean_of_summed_log_probabilities(params):
