@@ -8,18 +8,20 @@
                        MKL, which PyTorch calls otherwise, takes twice as long
     best-torch         what can be made of it in eager PyTorch, short of packing and shared prompts:
                        the reference cached, logits at response positions, fused attention
-    compiled-torch     the same under torch.compile
+    best-torch+onednn  the same on oneDNN
+    compiled-torch     the same under torch.compile: the best PyTorch is the fastest of these three
     trl                the training step of trl's DPOTrainer in float32, without checkpointing
     trl+checkpointing  with activations computed again in the backward pass, as is its default
 
 All run in float32: forward, backward, clipping at 10, RMSprop as PyTorch defines it, at a constant
 learning rate. A contender is a function from a `Task` to a `Ready`. Libraries are imported inside,
-so that a process loads only what its own contender needs.
+so that a process loads only what its own contender needs. `RUNGS` are jaxdpo with a lever left out.
 """
 
 import contextlib
 import functools
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +33,7 @@ import numpy as np
 
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 5e-7, 10.0
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "grad_norm")
+BEST = ("best-torch", "best-torch+onednn", "compiled-torch")
 
 
 class Task(NamedTuple):
@@ -62,7 +65,14 @@ class Ready(NamedTuple):
     step: Callable[[int], dict[str, float]]
     gradients: Callable[[], dict[str, np.ndarray]]
     shapes: list  # of each batch: rows; of a row positions, those with logits, keys to a query
-    reference_seconds: float | None  # one pass over all pairs, where it is cached
+    reference_seconds: float | None  # one pass over the pairs of all batches, where it is cached
+
+
+def warm(reference_pass: Callable[[], list]) -> tuple[list, float]:
+    """What a pass returns, and the seconds it takes; the first, which compiles, is not counted."""
+    reference_pass()
+    began = time.perf_counter()
+    return reference_pass(), time.perf_counter() - began
 
 
 # --- PyTorch ---------------------------------------------------------------------------
@@ -176,17 +186,23 @@ def official(task: Task, onednn: bool = False) -> Ready:
     return _torch_ready(policy, backward, batches)
 
 
-def best_torch(task: Task, compiled: bool = False) -> Ready:
+def best_torch(task: Task, onednn: bool = False, compiled: bool = False) -> Ready:
     import torch
 
+    if compiled and not any(map(shutil.which, ("g++", "clang++"))):
+        raise ModuleNotFoundError(name="a C++ compiler")
     policy, reference = (_load(task, name, "sdpa") for name in ("policy", "reference"))
-    batches, began = task.batches(), time.perf_counter()
+    batches = task.batches()
+    for model in (policy, reference):
+        if onednn:
+            onednn_linears(model)
+        if compiled:
+            model.gpt_neox.compile(dynamic=True)
+
+    logps = lambda model: [_scored_logps(model, _padded(batch)) for batch in batches]
     with torch.no_grad():
-        cached = [_scored_logps(reference, _padded(batch)) for batch in batches]
-    spent = time.perf_counter() - began
+        cached, spent = warm(functools.partial(logps, reference))
     del reference
-    if compiled:
-        policy.gpt_neox.compile(dynamic=True)
 
     def backward(i):
         return _backward(_scored_logps(policy, _padded(batches[i])), cached[i])
@@ -280,93 +296,114 @@ class Levers(NamedTuple):
 def jaxdpo(task: Task, **levers: bool) -> Ready:
     """The step of a run under the recipe's defaults, less the levers that are off."""
     import jax
-    from lengths import store
-    from safetensors.numpy import load_file
 
-    from jaxdpo import attention, convert, losses, recipe, sharding, step
-    from jaxdpo.batching import Batches
-    from jaxdpo.reference import reference_token_logps
+    from jaxdpo import convert, sharding, step
     from jaxdpo.train import put_batch
 
-    on, stage = Levers(**levers), recipe.blank().dpo
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    put = functools.partial(put_batch, mesh=mesh)
-    rows_of = functools.partial(
-        Batches,
+    on, folder = Levers(**levers), Path(task.folder)
+    batches, mesh = in_rows(task, on), sharding.make_mesh(devices=jax.devices()[:1])
+    running, put = traced(on, mesh), functools.partial(put_batch, mesh=mesh)
+    load = running(functools.partial(convert.load_hf, mesh=mesh, attention_span=batches.span))
+    (config, params), (_, reference) = load(folder / "policy"), load(folder / "reference")
+    logps = running(jax.jit(lambda params, batch: step.token_logps(config, params, batch)))
+    reference_logps = lambda i: jax.device_get(logps(reference, put(batches[i])))
+    spent = None
+    if on.cached:
+        known, spent = warm(lambda: [reference_logps(i) for i in range(task.num_batches)])
+        reference_logps = known.__getitem__
+        del reference
+    objective, update, state = training(config, params, mesh, on)
+    rows = lambda i: put(batches[i]._replace(reference_token_logps=reference_logps(i)))
+
+    @running
+    def one(i):
+        nonlocal state
+        state, metrics = update(state, rows(i))
+        jax.block_until_ready(state)
+        return {name: step.means(metrics)[name] for name in METRICS}
+
+    @running
+    def gradients():
+        sums = jax.jit(lambda params, batch: step.sums_and_grads(objective, params, batch, 1))
+        grads, pairs, _ = sums(state.params, rows(0))
+        return exported(config, jax.tree.map(lambda g: g / pairs, grads))
+
+    shapes = [shape(batches[i], batches.span, on) for i in range(task.num_batches)]
+    return Ready(one, gradients, shapes, spent)
+
+
+def in_rows(task: Task, on: Levers):
+    """The whole data set in rows: of a few batches the row shapes would fit too well."""
+    from lengths import store
+
+    from jaxdpo import recipe
+    from jaxdpo.batching import Batches
+
+    stage = recipe.blank().dpo
+    return Batches(
+        store(task.pairs()),
         batch_size=task.batch_size,
         row_length=stage.row_length if on.packed and on.shared else 0,
         num_buckets=stage.num_buckets,
         layout="shared" if on.shared else "separate",
     )
-    # The row shapes are those of the whole data set: of a few batches they would fit too well.
-    batches = rows_of(store(task.pairs()))
-    load = functools.partial(convert.load_hf, mesh=mesh, attention_span=batches.span)
-    config, params = load(Path(task.folder) / "policy")
-    _, reference = load(Path(task.folder) / "reference")
-    token_logps = step.token_logps if on.scored else logps_from_everywhere
-    attend = attention.attend if on.blocks else whole_attention
 
-    @contextlib.contextmanager
-    def running():  # what is traced here is traced with the levers as they are asked for
-        with (
-            jax.set_mesh(mesh),
-            mock.patch.object(step, "token_logps", token_logps),
-            mock.patch.object(attention, "attend", attend),
-        ):
-            yield
 
-    reference_pass, spent = jax.jit(functools.partial(token_logps, config)), None
-    if on.cached:
-        logps = lambda batch: reference_pass(reference, put(batch))
-        few = rows_of(store(sum(task.batches(), [])))
-        with running():
-            reference_token_logps(logps, few)  # compiles
-            began = time.perf_counter()
-            known = reference_token_logps(logps, few)
-            spent = time.perf_counter() - began
-        unread = batches.store.scored_offsets[-1] - len(known)
-        batches.reference = np.pad(known, (0, unread))
-        del reference
+@contextlib.contextmanager
+def traced(on: Levers, mesh):
+    """What is traced in here is traced with the levers as they are asked for."""
+    import jax
+
+    from jaxdpo import attention, step
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        if not on.scored:
+            stack.enter_context(mock.patch.object(step, "token_logps", logps_from_everywhere))
+        if not on.blocks:
+            stack.enter_context(mock.patch.object(attention, "attend", whole_attention))
+        yield
+
+
+def training(config, params, mesh, on: Levers):
+    """The objective, its update, and the state before the first; `params` are donated to it."""
+    import jax
+
+    from jaxdpo import losses, step
+
     tx = step.rmsprop(step.warmup(LEARNING_RATE, 0))
-    objective = step.preference_objective(
-        config, functools.partial(losses.dpo_loss, beta=BETA), beta=BETA
-    )
+    loss = functools.partial(losses.dpo_loss, beta=BETA)
+    objective = step.preference_objective(config, loss, beta=BETA)
     update = step.make_train_step(objective, tx, max_grad_norm=MAX_GRAD_NORM)
     if not on.donated:
         update = jax.jit(update.__wrapped__)
-    placed = step.state_shardings(params, tx, mesh)
-    init = functools.partial(step.initial_state, tx=tx)
-    state = jax.jit(init, donate_argnums=0, out_shardings=placed)(params)
-    del params
+    init, placed = (
+        functools.partial(step.initial_state, tx=tx),
+        step.state_shardings(params, tx, mesh),
+    )
+    return objective, update, jax.jit(init, donate_argnums=0, out_shardings=placed)(params)
 
-    def rows(i):
-        batch = put(batches[i])
-        if not on.cached:
-            batch = batch._replace(reference_token_logps=reference_pass(reference, batch))
-        return batch
 
-    def one(i):
-        nonlocal state
-        with running():
-            state, metrics = update(state, rows(i))
-            jax.block_until_ready(state)
-        return {name: step.means(metrics)[name] for name in METRICS}
+def exported(config, grads) -> dict[str, np.ndarray]:
+    """Gradients by Hugging Face's names, as the export has them for parameters."""
+    from safetensors.numpy import load_file
 
-    def gradients():
-        sums = jax.jit(lambda params, batch: step.sums_and_grads(objective, params, batch, 1))
-        with running():
-            grads, pairs, _ = sums(state.params, rows(0))
-        grads = jax.tree.map(lambda g: g / pairs, grads)
-        with tempfile.TemporaryDirectory() as folder:  # the export knows the names
-            convert.save_hf(folder, config, grads)
-            return load_file(Path(folder) / "model.safetensors")
+    from jaxdpo import convert
 
-    shapes = []
-    for i in range(task.num_batches):
-        (count, length), scored = batches[i].tokens.shape, batches[i].targets.shape[1]
-        seen = attention.keys_per_row(length, batches.span) / length if on.blocks else length
-        shapes.append((count, length, scored if on.scored else length, seen))
-    return Ready(one, gradients, shapes, spent)
+    with tempfile.TemporaryDirectory() as folder:
+        convert.save_hf(folder, config, grads)
+        return load_file(Path(folder) / "model.safetensors")
+
+
+def shape(batch, span: int, on: Levers) -> tuple[int, int, int, float]:
+    """As `Ready.shapes` has it."""
+    from jaxdpo import attention
+
+    (rows, length), scored = batch.tokens.shape, batch.targets.shape[1]
+    keys = float(length)
+    if on.blocks:
+        keys = attention.keys_per_row(batch.segment_ids, span).sum() / batch.tokens.size
+    return rows, length, scored if on.scored else length, float(keys)
 
 
 def logps_from_everywhere(config, params, batch):
@@ -399,7 +436,13 @@ CONTENDERS: dict[str, Callable[..., Ready]] = {
     "official": official,
     "official+onednn": functools.partial(official, onednn=True),
     "best-torch": best_torch,
+    "best-torch+onednn": functools.partial(best_torch, onednn=True),
     "compiled-torch": functools.partial(best_torch, compiled=True),
     "trl": trl,
     "trl+checkpointing": functools.partial(trl, checkpointing=True),
+}
+RUNGS: dict[str, Callable[..., Ready]] = {
+    "jaxdpo": jaxdpo,
+    **{f"without {lever}": functools.partial(jaxdpo, **{lever: False}) for lever in Levers._fields},
+    "without any": functools.partial(jaxdpo, **dict.fromkeys(Levers._fields, False)),
 }

@@ -48,17 +48,19 @@ def measured(cell: str, options: argparse.Namespace) -> dict[str, dict[str, Any]
                 results.console.print(f"{name}: {runs['default']['skipped']}", markup=False)
             else:
                 found[name] = runs
+    for allocator in alone.ALLOCATORS:
+        dpo_step.refuse(dpo_step.disagreements({n: runs[allocator] for n, runs in found.items()}))
     return found
 
 
 def show(cell: str, found: dict[str, dict[str, Any]], out: Path) -> None:
-    ours, rows = found["jaxdpo"], []
+    rows = []
     for name, runs in found.items():
         rows.append([name])
         for allocator in ("default", "kept"):
-            answer = runs[allocator]
-            ratio = answer["peak"] / ours[allocator]["peak"]
-            rows[-1] += [f"{answer['loaded']:.0f}", f"{answer['peak']:.0f}", f"{ratio:.2f}"]
+            loaded, peak = runs[allocator]["loaded"], runs[allocator]["peak"]
+            ratio = f"{peak / found['jaxdpo'][allocator]['peak']:.2f}" if "jaxdpo" in found else ""
+            rows[-1] += [f"{loaded:.0f}", f"{peak:.0f}", ratio]
     columns = ["MiB", "default: loaded", "peak", "x jaxdpo", "kept: loaded", "peak", "x jaxdpo"]
     results.table(f"{cell}: greatest resident memory", columns, rows)
     peaks = {name: [runs["default"]["peak"]] for name, runs in found.items()}

@@ -1,6 +1,7 @@
 """What a benchmark leaves: a table on the console, `results.json` and a figure in its folder."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -12,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-console = Console(width=None if sys.stdout.isatty() else 140)
+console = Console(width=None if sys.stdout.isatty() else 150)
 PACKAGES = ("jaxdpo", "jax", "flax", "torch", "transformers", "trl")
 OURS, OTHERS = "#2b6cb0", "#b7791f"
 
@@ -75,24 +76,27 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def bars(file: Path, title: str, unit: str, times: dict[str, list[float]]) -> None:
-    """A bar for each median, with its spread; the first is ours."""
+def bars(
+    file: Path, title: str, unit: str, times: dict[str, list[float]], ours: str = "jaxdpo"
+) -> None:
+    """A bar for each median, with its spread; how many times `ours` it is, where that is there."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    names = list(times)
+    names, base = list(times), statistics.median(times.get(ours, [math.nan]))
     medians = [statistics.median(times[name]) for name in names]
     spread = [
         [m - min(times[n]) for n, m in zip(names, medians, strict=True)],
         [max(times[n]) - m for n, m in zip(names, medians, strict=True)],
     ]
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.4 * len(names)), layout="constrained")
-    colours = [OURS] + [OTHERS] * (len(names) - 1)
+    colours = [OURS if name == ours else OTHERS for name in names]
     axes.barh(names, medians, xerr=spread, color=colours, height=0.65)
     for i, median in enumerate(medians):
-        axes.text(median / 2, i, f"{median / medians[0]:.2f}x", ha="center", va="center", color="w")
+        text = f"{median / base:.2f}x" if ours in times else f"{median:.2f}"
+        axes.text(median / 2, i, text, ha="center", va="center", color="w")
     axes.invert_yaxis()
     axes.set(title=title, xlabel=unit)
     axes.spines[["top", "right"]].set_visible(False)

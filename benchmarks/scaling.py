@@ -3,10 +3,12 @@
     python benchmarks/scaling.py [--rounds 5] [--quick] [--out runs/benchmarks/scaling]
 
 One quantity is doubled at a time from a small model (4 layers of width 256), the others stay;
-each point is a process of its own. Time is the median of `--rounds` steps after one that
-compiles; `temporary` and `arguments` are bytes of one device as XLA plans them for the compiled
-step; `resident` is the process's peak. All pairs of a point are equally long and have a row each.
-Exponents are least squares of log against log: 1 is proportional, 0 is not at all.
+each point is a process of its own under the flags of a run. All have the threads that eight fake
+devices need, with which one device takes 1.4 times as long as in a run. Time is the median of
+`--rounds` steps after one that compiles; `temporary` and `arguments` are bytes of one device as
+XLA plans them for the compiled step; `resident` is the process's peak. All pairs of a point are
+equally long and have a row each. Exponents are least squares of log against log: 1 is
+proportional, 0 is not at all.
 
 Predictions: batch 1 in time and temporaries (less in time where few rows fill the cores badly).
 Length 1, a little more where attention, which grows with its square, is no longer small.
@@ -110,9 +112,9 @@ def pairs(point: Point) -> lengths.Pairs:
 def run(point: Point, rounds: int) -> dict[str, float]:
     """`measured` in a process that has as many devices."""
     environment = os.environ | {"GLIBC_TUNABLES": alone.ALLOCATORS["kept"]}
-    if point.devices > 1:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={point.devices}"
-        environment["NPROC"] = str(4 * point.devices)  # or fake devices starve each other
+    devices = f"--xla_force_host_platform_device_count={point.devices}"
+    environment["XLA_FLAGS"] = f"{alone.XLA_FLAGS} {devices}"
+    environment["NPROC"] = str(4 * max(SWEEPS["devices"]))  # or fake devices starve each other
     command = [sys.executable, __file__, "--point", json.dumps([point, rounds])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

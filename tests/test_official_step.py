@@ -22,6 +22,7 @@ from jaxdpo.sharding import make_mesh
 from jaxdpo.tokens import TokenReport, TokenStore
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 VOCAB_SIZE, EOS, WIDTH = 64, 0, 32
 BATCH_SIZE, ACCUMULATION, NUM_STEPS = 4, 2, 5
@@ -52,14 +53,6 @@ def ragged_pairs():
 
 
 PAIRS = ragged_pairs()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile():
-    """Most of the time goes to compiling programs that run five times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # The twin.
