@@ -31,6 +31,10 @@ Data flows through the modules in this order:
     experiment   several runs from one recipe, side by side
     decoding     beams, samples and products of models over one jitted loop
     checkpoint   Orbax: save, resume, load parameters
+    fingerprint  whether arrays are still what they were
+    lock         one run to a work directory
+    ahead        what a run's programs need on a TPU slice, compiled without one
+    collectives  what a compiled program sends between devices
     records      JSON on disk that a kill cannot spoil: whole files, logs of lines
     metrics      metrics.jsonl, speed.jsonl, TensorBoard, progress
     samples      what the model says while it trains

@@ -89,7 +89,7 @@ class Stage(NamedTuple):
     name: str
     settings: ConfigDict
     folder: Path
-    model: PythiaConfig  # which looks no farther back than its examples are long
+    model: PythiaConfig  # its attention_span is that of the longest example of both sides
     batches: dict[str, Batches]  # train, eval
     tx: optax.GradientTransformation
     schedule: optax.Schedule
