@@ -33,6 +33,7 @@ Data flows through the modules in this order:
     checkpoint   Orbax: save, resume, load parameters
     fingerprint  whether arrays are still what they were
     lock         one run to a work directory
+    stopping     a signal asks, the loop answers at the end of a step
     ahead        what a run's programs need on a TPU slice, compiled without one
     collectives  what a compiled program sends between devices
     records      JSON on disk that a kill cannot spoil: whole files, logs of lines

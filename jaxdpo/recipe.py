@@ -26,7 +26,7 @@ SIZES = ("sft_train", "sft_test", "pairs_train", "pairs_test")  # of synthetic
 POSTS = ("posts_train", "posts_test")  # the same; 0 where they do not stand
 TINY, HUGE = 1e-12, 1e30  # what must be positive; what has no other upper limit
 # Keys of a stage that train nothing.
-OBSERVING = ("samples", "sample_tokens", "trajectories", "trajectories_every")
+OBSERVING = ("samples", "sample_tokens", "trajectories", "trajectories_every", "hang_seconds")
 # Keys that change how rows are packed and nothing but time; the last is of older versions.
 PACKING = ("row_length", "num_buckets", "pairs_per_row")
 RANGES = {
@@ -36,6 +36,7 @@ RANGES = {
     **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "max_length"), (1, HUGE)),
     "sample_tokens": (1, HUGE),
     **dict.fromkeys(("eval_every", "warmup_steps", "weight_decay", "samples"), (0, HUGE)),
+    "hang_seconds": (0, HUGE),
     **dict.fromkeys(("trajectories", "trajectories_every"), (0, HUGE)),
     **dict.fromkeys(("learning_rate", "max_grad_norm", "beta"), (TINY, HUGE)),
     "final_learning_rate": (0, 1),
@@ -121,6 +122,9 @@ def _blank_stage() -> ConfigDict:
     stage.sample_tokens = 64  # of any sample, at most; meanwhile each device holds the model
     stage.checkpoint_every = 312
     stage.keep_checkpoints = 2  # the latest ones, beside the best
+    stage.hang_seconds = (
+        3600  # a step, with what is looked at after it, that takes longer ends the run
+    )
     stage.hand_on = "last"  # or "best": the checkpoint that the next stage starts from
     return stage
 

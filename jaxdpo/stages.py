@@ -300,6 +300,7 @@ def _loop(this: Run, stage: Stage, start: Start, like: TrainState) -> Loop:
         eval_every=settings.eval_every,
         checkpoint_every=settings.checkpoint_every,
         max_skipped_in_a_row=settings.max_skipped_in_a_row,
+        hang_seconds=settings.hang_seconds,
         expected_first_loss=stage.expected_first_loss,
         noise_floor=NOISE_FLOOR[this.model.dtype],
         observers=_observers(stage, start),

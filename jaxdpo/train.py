@@ -24,6 +24,7 @@ from jaxdpo.compilation import Compilations, Programs, compile_all
 from jaxdpo.metrics import MetricsWriter, ProgressLine, SpeedLog, console
 from jaxdpo.records import Record, cut_log, line
 from jaxdpo.step import Metrics, TrainState, means
+from jaxdpo.stopping import Stop, Stopped
 
 T = TypeVar("T")
 
@@ -63,6 +64,7 @@ class Loop(NamedTuple):
     eval_every: int  # steps; 0: at the start and the end only
     checkpoint_every: int
     max_skipped_in_a_row: int
+    hang_seconds: float  # a step may take, with what is looked at after it; 0: any
     expected_first_loss: float | None  # a preference loss where policy is reference
     noise_floor: float  # how far rounding alone can move it
     observers: Sequence[Observer]
@@ -240,13 +242,14 @@ def train_loop(
         if start == 0:
             session.began(state.params)
         speed.write(start)
-        _train(session, state, checkpoints)
+        with Stop(loop.hang_seconds) as stop:
+            _train(session, state, checkpoints, stop)
     if start < total:
         console.print(f"{loop.name}: {speed.summary()}")
 
 
-def _train(session: _Session, state: TrainState, checkpoints: Checkpoints) -> None:
-    """All steps that are left.
+def _train(session: _Session, state: TrainState, checkpoints: Checkpoints, stop: Stop) -> None:
+    """All steps that are left; raises `Stopped` after one that was saved because somebody asked.
 
     A step's metrics are fetched while the next one runs. Before a checkpoint they are written to
     disk, and its speed with them, so that a resumed run finds the lines of all steps before it.
@@ -255,13 +258,15 @@ def _train(session: _Session, state: TrainState, checkpoints: Checkpoints) -> No
     looks = [loop.eval_every, *(observer.every for observer in loop.observers)]
     total, pending, ahead = len(data), None, prefetch(data, start, len(data))
     for step in range(start + 1, total + 1):
-        saves = due(loop.checkpoint_every, step, total)
-        stops = saves or any(due(every, step, total) for every in looks)
+        stop.alive()
         with speed.on("input"):
             batch = next(ahead)
         with jax.transfer_guard("disallow"):  # nothing moves to or from a device unasked
             state, metrics = loop.train_step(state, loop.put(batch))
         speed.add(batch)
+        asked = stop.asked  # once: it may change at any moment
+        saves = asked or due(loop.checkpoint_every, step, total)
+        stops = saves or any(due(every, step, total) for every in looks)
         if stops or _alone():  # what is done at a stop is not the step's time
             with speed.on("device"):
                 jax.block_until_ready(state)
@@ -278,6 +283,12 @@ def _train(session: _Session, state: TrainState, checkpoints: Checkpoints) -> No
         if saves:
             with speed.on("checkpoint"):
                 checkpoints.save(step, state, loss=evaluated.get("eval/loss"))
+        if asked:
+            checkpoints.wait()
+            raise Stopped(
+                f"{loop.name}: stopped after step {step} of {total}, which is saved; the same "
+                "command goes on"
+            )
 
 
 def _record(loop: Loop, step: int, metrics: Metrics, evaluated: dict, batches: Batches) -> dict:

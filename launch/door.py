@@ -1,30 +1,19 @@
 """What every launcher does around its one call: the environment, the flags, the exit status.
 
 `--help` shows the launcher's docstring and its flags. Exit status: 0 done, 2 a mistake in what
-the user gave (one line, never a traceback), 1 a bug.
+the user gave (one line, never a traceback), 143 stopped by a signal once all was saved, 130 stopped
+at once, 1 a bug or a step that hung.
 """
 
-import os
-import re
 import sys
 from collections.abc import Callable, Collection
-from importlib.metadata import version
 
-# By default XLA overlaps what it can of a CPU's program, which takes half as much memory again and
-# is no faster. jaxlib 0.10.1 to 0.12 know the flag; one that is not known ends the process.
-if version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):
-    if "cpu" in (os.environ.get("JAX_PLATFORMS") or "cpu"):
-        one_by_one = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-        os.environ["XLA_FLAGS"] = f"{one_by_one} {os.environ.get('XLA_FLAGS', '')}"
-# Fake CPU devices starve each other in a thread pool that is no larger than the machine's cores; a
-# single device takes 1.4 times as long in a larger one.
-if fake := re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")):
-    os.environ.setdefault("NPROC", str(4 * int(fake[1])))
-
+import xla  # noqa: F401  first of all
 from absl import flags
 from rich.console import Console
 
 from jaxdpo import InputError, compilation
+from jaxdpo.stopping import Stopped
 
 
 def run(main: Callable[..., None], *, commands: Collection[str] = ()) -> None:
@@ -55,6 +44,9 @@ def run(main: Callable[..., None], *, commands: Collection[str] = ()) -> None:
     except InputError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
+    except Stopped as stopped:
+        console.print(str(stopped), markup=False, highlight=False)
+        sys.exit(143)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from what is saved")
         sys.exit(130)

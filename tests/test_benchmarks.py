@@ -174,7 +174,7 @@ def test_lengths_are_those_that_are_written_down():
 
 
 def test_what_is_measured_runs_as_a_run_does():
-    assert f'"{alone.XLA_FLAGS}"' in (ROOT / "launch" / "door.py").read_text()
+    assert f'"{alone.XLA_FLAGS}"' in (ROOT / "launch" / "xla.py").read_text()
     assert f"KEEP := {alone.KEEP}\n" in (ROOT / "Makefile").read_text()
 
 

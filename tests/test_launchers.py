@@ -65,8 +65,8 @@ for platforms in ("", "cpu", "tpu,cpu", "cuda"):
     for version in ("0.10.1", "0.12.0.1", "0.13.0", "0.9.2"):
         os.environ |= {"JAX_PLATFORMS": platforms, "XLA_FLAGS": "--mine"}
         importlib.metadata.version = lambda name: version if name == "jaxlib" else installed(name)
-        sys.modules.pop("door", None)
-        import door
+        sys.modules.pop("xla", None)
+        import xla
         print(platforms or "any", version, os.environ["XLA_FLAGS"])
 """
 

@@ -226,8 +226,8 @@ def launch(workdir, *more, **options):
     )
 
 
-def killed_at(workdir, stage, step):
-    """Start the run, and kill -9 it once `stage` has logged `step`."""
+def killed_at(workdir, stage, step, how=signal.SIGKILL):
+    """Start the run, and signal it once `stage` has logged `step`; its status and what it said."""
     run = launch(workdir)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and run.poll() is None:
@@ -236,19 +236,24 @@ def killed_at(workdir, stage, step):
             break
         time.sleep(0.01)
     assert run.poll() is None, run.stderr.read().decode()
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
+    run.send_signal(how)
+    _, errors = run.communicate(timeout=240)
+    return run.returncode, errors.decode()
 
 
 @pytest.mark.slow
-def test_killed_three_times_and_resumed_is_bit_for_bit_the_same(tmp_path):
+def test_killed_and_stopped_and_resumed_is_bit_for_bit_the_same(tmp_path):
     whole, broken = both = tmp_path / "whole", tmp_path / "broken"
     _, errors = launch(whole).communicate(timeout=240)
     assert (whole / "dpo/done.json").exists(), errors.decode()
-    for stage, step in (("sft", 5), ("dpo", 3), ("dpo", 8)):
+    for stage, step in (("sft", 5), ("dpo", 3)):
         killed_at(broken, stage, step)
+    # Asked to stop, it saves the step that it is at, where no checkpoint is due.
+    status, said = killed_at(broken, "dpo", 6, how=signal.SIGTERM)
+    stopped = re.search(r"dpo: stopped after step (\d+) of 12, which is saved", said)
+    assert status == 143 and stopped, said
     _, errors = launch(broken).communicate(timeout=240)
-    assert b"resumed from step" in errors
+    assert f"resumed from step {stopped[1]}\n" in errors.decode()
     for stage in ("sft", "dpo"):
         one, two = read_metrics(whole / stage), read_metrics(broken / stage)
         assert [r["step"] for r in two] == list(range(TOTAL + 1))
