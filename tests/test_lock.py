@@ -1,5 +1,6 @@
 """Two runs never share a work directory; one that is gone leaves it free."""
 
+import json
 import os
 import signal
 import subprocess
@@ -75,6 +76,8 @@ def test_the_heart_beats_while_the_block_runs_and_stops_with_it(tmp_path, monkey
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"host": "elsewhere"'])
 def test_half_a_file_holds_nobody(tmp_path, content):
-    (tmp_path / lock.FILE).write_text(content)
+    file = tmp_path / lock.FILE
+    file.write_text(content)
     with locked(tmp_path):
-        pass
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+    assert not file.read_text()
