@@ -24,7 +24,7 @@ class Stop:
     """Listens to signals while it is entered; `hang_seconds` is how long a step may take (0: for
     ever)."""
 
-    def __init__(self, hang_seconds: float = 0):
+    def __init__(self, hang_seconds: float | int = 0):
         self.asked = False
         self._hang_seconds = hang_seconds
 

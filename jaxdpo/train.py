@@ -64,7 +64,7 @@ class Loop(NamedTuple):
     eval_every: int  # steps; 0: at the start and the end only
     checkpoint_every: int
     max_skipped_in_a_row: int
-    hang_seconds: float  # a step may take, with what is looked at after it; 0: any
+    hang_seconds: int  # a step may take, with what is looked at after it; 0: any
     expected_first_loss: float | None  # a preference loss where policy is reference
     noise_floor: float  # how far rounding alone can move it
     observers: Sequence[Observer]
