@@ -26,6 +26,8 @@ from jaxdpo.decoding import (
 from jaxdpo.pythia_cache import decoding_params
 from jaxdpo.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CASE = Case(4, 97, (3,), 2.5, 3, 14, 1.0, False)
 CONSTRAINTS = Constraints(14, (3,))
 PROMPTS = [*CASE.prompts, *CASE._replace(seed=9).prompts]

@@ -14,6 +14,8 @@ from jaxdpo.decoding import LM, Constraints, Warp, beam_search, greedy, sample
 from jaxdpo.decoding.sample import drawn
 from jaxdpo.decoding.top_k import top_k
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CASE = Case(2, 97, (3,), 1.0, 1, 12, 0.0, False)
 CONSTRAINTS = Constraints(12, (3,))
 KEY = jax.random.key(3)
