@@ -26,9 +26,10 @@ XLA_FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"  # as launc
 # How far float32 may put two stacks apart: sums of log-probabilities near -400 are spaced by
 # 3e-5, and RMSprop moves a coordinate by ten learning rates whatever rounding left of its
 # gradient, so later batches agree less, and what a loss changed by to a few parts of a hundred.
-# PyTorch's norm of 160M gradients is itself off by 4e-5.
+# PyTorch's norm of 160M gradients is itself off by 4e-5. The same sums weigh each pair's gradient:
+# with long responses (hh) all tensors of a contender were off by one factor, 1.4e-5.
 METRIC_TOLERANCE, LATER_TOLERANCE, NORM_TOLERANCE, CHANGE_TOLERANCE = 1e-5, 1e-3, 2e-4, 0.05
-GRADIENT_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 5e-5
 
 
 class Job(NamedTuple):
