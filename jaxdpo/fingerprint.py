@@ -2,10 +2,9 @@
 
 A file system or a cable that changes a bit says nothing, and neither does a checkpoint that is
 read back: what was counted before it was written, counted again, does. A checksum against
-accidents, not against people. Left out: what is done about it (`checkpoint`, `reference`).
+accidents, not against people. Left out: what is done about it (`checkpoint`).
 """
 
-import hashlib
 from typing import Any
 
 import jax
@@ -36,16 +35,6 @@ def fingerprints(tree: Any) -> dict[str, str]:
 def kind(leaf: Any) -> str:
     """An array's dtype and shape, which are the first of its fingerprint's two words."""
     return f"{leaf.dtype}{list(leaf.shape)}".replace(", ", ",")
-
-
-def digest(tree: Any) -> str:
-    """One hash of the fingerprints of a tree.
-
-    >>> digest({"a": jnp.array([1.0, 2.0])})
-    '55743957cfc3e387'
-    """
-    text = "\n".join(f"{path} {found}" for path, found in sorted(fingerprints(tree).items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @jax.jit

@@ -265,7 +265,9 @@ def _train(this: Run, stage: Stage, start: Start, checkpoints: Checkpoints) -> N
                 params = _add_reference(this, stage, start, seed=(this.config.seed, latest or 0))
         if latest is not None:
             params = None  # they go before the checkpoint's come
-            latest, state = checkpoints.restore_latest(like)
+        # Also where no step is left: it may be that none could be trusted.
+        if found := checkpoints.restore_latest(like):
+            latest, state = found
             console.print(f"resumed from step {latest}")
         else:
             params = start.load() if params is None else params
