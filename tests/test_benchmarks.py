@@ -120,11 +120,11 @@ def test_a_small_tensor_cannot_hide(task, checks, tmp_path):
     """Of all gradients together it is too little to be seen."""
     official = dict(np.load(alone.gradients_file(task.folder, "official")))
     bias = min(official, key=lambda tensor: np.linalg.norm(official[tensor]))
-    for name, factor in (("official", 1.0), ("jaxdpo", 1 + 5e-5)):
+    for name, factor in (("official", 1.0), ("jaxdpo", 1 + 1e-4)):
         wrong = official | {bias: factor * official[bias]}
         np.savez(alone.gradients_file(tmp_path, name), **wrong)
     assert alone.gradient_errors(tmp_path, "jaxdpo", "official")["all"] < 1e-5
-    with pytest.raises(SystemExit, match=f"jaxdpo: the gradient of {bias} is 5.0e-05 of its norm"):
+    with pytest.raises(SystemExit, match=f"jaxdpo: the gradient of {bias} is 1.0e-04 of its norm"):
         dpo_step.agreement(tmp_path, {name: checks[name] for name in ("official", "jaxdpo")})
 
 
