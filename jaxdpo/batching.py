@@ -89,9 +89,9 @@ class Batches:
     than `row_length` positions (0: a pair to a row). `num_buckets` bounds `shapes`, ascending,
     which hold every batch at the least padding; lengths are multiples of `length_multiple`. `span`
     is the positions of the longest example, rounded up likewise. `reference` is the flat array of
-    the reference's token log-probabilities, in the order of `store.scored_offsets`. `process` is
-    (index, count); each takes its contiguous rows of every batch. Raises `InputError` for options
-    that contradict each other or the data.
+    the reference's token log-probabilities, in the order of `store.scored_offsets`. `parts` says
+    which parts of every batch's rows are this process's, of how many equal ones. Raises
+    `InputError` for options that contradict each other or the data.
     """
 
     def __init__(
@@ -107,12 +107,12 @@ class Batches:
         length_multiple: int = LENGTH_MULTIPLE,
         divisor: int = 1,
         reference: np.ndarray | None = None,
-        process: tuple[int, int] = (0, 1),
+        parts: tuple[Sequence[int], int] = ((0,), 1),
     ):
-        divisor = math.lcm(divisor, process[1])
+        divisor = math.lcm(divisor, parts[1])
         _check(layout, batch_size, row_length, num_buckets, divisor)
         self.store, self.batch_size, self.layout = store, batch_size, layout
-        self.reference, self.process, self._multiple = reference, process, length_multiple
+        self.reference, self.parts, self._multiple = reference, parts, length_multiple
         self._order = _order(len(store), batch_size, epochs, seed)
         self._sizes = _sizes(store, layout)
         longest = self._sizes[..., packing.POSITIONS].max(1)
@@ -141,8 +141,8 @@ class Batches:
         places = self._places[step][real]
         groups = np.full((shape.rows, shape.pairs), -1, np.int32)
         groups[places, times_before(places)] = self._order[step][real]
-        rank, world = self.process
-        mine = groups[rank * len(groups) // world : (rank + 1) * len(groups) // world]
+        parts, count = self.parts
+        mine = groups.reshape(count, -1, shape.pairs)[list(parts)].reshape(-1, shape.pairs)
         return rows(self.store, mine, shape, layout=self.layout, reference=self.reference)
 
     @cached_property

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jaxdpo import InputError
+from jaxdpo import InputError, processes
 from jaxdpo.fingerprint import fingerprints, kind
 from jaxdpo.step import TrainState
 
@@ -52,7 +52,7 @@ class Checkpoints:
         )
         self.folder = Path(os.path.abspath(folder))  # Orbax fails later on a relative path
         self._clean, self._say = clean, say
-        self._check_metrics()
+        processes.from_first(self._check_metrics)
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -65,13 +65,12 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return max(self._steps(), default=None)
 
     @property
     def best_step(self) -> int | None:
         """The step with the lowest evaluation loss among those kept, or None."""
-        losses = {c.step: self._record(c.step)["loss"] for c in self._checkpointer.checkpoints}
+        losses = {step: self._record(step)["loss"] for step in self._steps()}
         scored = [step for step, loss in losses.items() if loss is not None]
         return min(scored, key=losses.__getitem__, default=None)
 
@@ -96,8 +95,7 @@ class Checkpoints:
 
         Raises `InputError` where something was and none of it can be trusted.
         """
-        steps = [c.step for c in self._checkpointer.checkpoints]
-        for step in sorted(steps, reverse=True):
+        for step in sorted(self._steps(), reverse=True):
             try:
                 return step, self.restore(step, state)
             except Spoilt as fault:
@@ -121,6 +119,10 @@ class Checkpoints:
     def restore_params(self, step: int, params: Any) -> Any:
         """The parameters alone, with the shapes, dtypes and shardings of `params`' leaves."""
         return self._load(step, {"params": params})["params"]
+
+    def _steps(self) -> list[int]:
+        """As the first process sees them: a network's file system may show others less."""
+        return processes.from_first(lambda: [c.step for c in self._checkpointer.checkpoints])
 
     def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         saved = self._record(step)["fingerprints"]
@@ -160,7 +162,7 @@ class Checkpoints:
         if not self._clean:
             raise fault
         aside = self.folder / f"{step}.spoilt"
-        os.replace(self.folder / str(step), aside)
+        processes.from_first(lambda: os.replace(self.folder / str(step), aside))
         self._say(f"warning: {fault}; it is set aside as {aside.name}")
 
     def _unreadable(self, step: int | str, why: object) -> Spoilt:

@@ -248,10 +248,10 @@ def rows_of(mesh: Mesh, count: int) -> int:
 
 def memory(mesh: Mesh) -> int:
     """The bytes of a device, or its share of the host's."""
-    device = mesh.devices.flat[0]
+    device, *others = mesh.local_devices
     if limit := (device.memory_stats() or {}).get("bytes_limit"):
         return limit
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // mesh.size
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (1 + len(others))
 
 
 def _factor(text: str) -> tuple[str, float]:

@@ -17,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxdpo import InputError, hf_layout
+from jaxdpo import InputError, hf_layout, processes
 from jaxdpo.pythia import init_params
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import read_json, write_json
@@ -100,7 +99,7 @@ def save_hf(
     _refuse_other_shapes(config, params)
     if tokenizer_from is not None:
         _refuse_foreign_tokenizer(tokenizer_path(tokenizer_from), config, eos_id)
-    writes = jax.process_index() == 0
+    writes = processes.is_first()
     partial = folder.with_name(folder.name + ".partial")
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
@@ -113,6 +112,7 @@ def save_hf(
         if tokenizer_from is not None:
             _copy_tokenizer(Path(tokenizer_from), partial, eos_id)
         os.replace(partial, folder)
+    processes.from_first(lambda: None)  # the folder is there
 
 
 def local_folder(source: str | Path, *, revision: str | None = None) -> Path:
@@ -314,7 +314,7 @@ def _write_weights(
         tensors = {}
         for name, path, form in entries:
             # Every process takes part in gathering, also those that do not write.
-            tensor = _to_torch(config, form, _gather(_leaf(params, path)))
+            tensor = _to_torch(config, form, processes.fetched(_leaf(params, path)))
             if writes:
                 tensors[name] = tensor
         if writes:
@@ -356,12 +356,6 @@ def _leaf(params: dict[str, Any], path: str) -> jax.Array:
     for key in rest:
         leaf = leaf[key]
     return leaf[int(layer[1])] if stacked else leaf
-
-
-def _gather(leaf: jax.Array) -> np.ndarray:
-    if leaf.is_fully_addressable:
-        return np.asarray(leaf)
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def _to_torch(config: PythiaConfig, pattern: str, leaf: np.ndarray) -> np.ndarray:

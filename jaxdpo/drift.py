@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdpo import InputError, decoding, pythia, qfunction
+from jaxdpo import InputError, decoding, processes, pythia, qfunction, sharding
 from jaxdpo.analysis.trajectories import PARTS, SIDES
 from jaxdpo.batching import Batch, Batches, prefetch
 from jaxdpo.completions import memory, rows_of
@@ -94,11 +94,14 @@ class Drift:
 
     def _states(self, policy: Any, reference: Any) -> States:
         """Values of every scored token, flat, as `store.scored_offsets` say."""
-        batches = Batches(self.store, batch_size=rows_of(self.mesh, ROWS))
+        parts = sharding.row_parts(self.mesh)
+        batches = Batches(self.store, batch_size=rows_of(self.mesh, ROWS), parts=parts)
         found = []
         for batch in prefetch(batches, 0, len(batches)):
-            values = states(self.model, policy, reference, put_batch(batch, self.mesh))
-            found.append([x[batch.slots >= 0] for x in jax.device_get(values)])
+            placed = put_batch(batch, self.mesh)
+            values = states(self.model, policy, reference, placed)
+            values, slots = processes.fetched((values, placed.slots))
+            found.append([x[slots >= 0] for x in values])
         return States(*(np.concatenate(x).astype(np.float64) for x in zip(*found, strict=True)))
 
     def _of_responses(self, flat: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from jaxdpo import InputError, recipe, runs, stages
+from jaxdpo import InputError, processes, recipe, runs, stages
 from jaxdpo.analysis import report, trajectories
 from jaxdpo.analysis.trajectories import (
     SIDES,
@@ -93,6 +93,10 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     for count, (name, one) in enumerate(configs.items(), 1):
         console.print(f"run {count} of {len(configs)}: {workdir / name}")
         stages.run(one, workdir / name)
+    processes.from_first(lambda: _finish(workdir, configs))
+
+
+def _finish(workdir: Path, configs: Mapping[str, ConfigDict]) -> None:
     for line in [*write(workdir, configs), *report.write(workdir)]:
         console.print(line, markup=False)
 

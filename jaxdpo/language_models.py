@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from jaxdpo import InputError, convert, runs
 from jaxdpo.decoding import LM
+from jaxdpo.fingerprint import identity as identity_of
 from jaxdpo.pythia_cache import decoding_params
-from jaxdpo.reference import fingerprint
 from jaxdpo.tokens import check_vocabulary, load_tokenizer
 
 
@@ -47,7 +47,7 @@ def language_model(name: str, mesh: Mesh, *, dtype: str | None = None) -> Langua
     check_vocabulary(tokenizer, config.vocab_size, stored.tokenizer)
     lm = LM(*decoding_params(config, stored.load(), mesh))
     words = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
-    identity = {"dtype": config.dtype, "weights": fingerprint(lm.params), "tokenizer": words}
+    identity = {"dtype": config.dtype, "weights": identity_of(lm.params), "tokenizer": words}
     return LanguageModel(name, lm, tokenizer, stored.eos_ids, stored.step, identity)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from jaxdpo import InputError
+from jaxdpo import InputError, processes
 
 FILE = "run.lock"
 BEAT = 15.0  # seconds between two renewals
@@ -28,8 +28,11 @@ def locked(workdir: str | Path) -> Iterator[None]:
     """Hold a work directory for as long as the block runs.
 
     Raises `InputError` that names the host, the process and its beginning where another run
-    holds it, and where nothing can be written.
+    holds it, and where nothing can be written. Of a run's processes the first one holds it.
     """
+    if not processes.is_first():
+        yield
+        return
     file = Path(workdir) / FILE
     with _opened(file) as opened:
         try:

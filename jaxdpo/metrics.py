@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from jaxdpo import processes
 from jaxdpo.accounting import Accounts, Work, peak_flops, speeds
 from jaxdpo.batching import Batch
 from jaxdpo.compilation import Compilations
-from jaxdpo.records import Record, cut_log, line, read_log
+from jaxdpo.records import Record, append_log, cut_log, line, read_log
 
 LINE_EVERY_SECONDS = 10.0  # where the output is no terminal
 
@@ -40,17 +41,18 @@ def read_metrics(folder: str | Path) -> list[Record]:
 class MetricsWriter:
     """Appends records {"step": s, name: value}; keeps those up to `after` (None: none).
 
-    Used as a context manager.
+    Used as a context manager. Of several processes the first one writes.
     """
 
     def __init__(self, folder: str | Path, *, after: int | None):
-        folder = Path(folder)
+        folder, writes = Path(folder), processes.is_first()
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "metrics.jsonl"
         cut_log(file, lambda record: after is not None and record["step"] <= after)
-        self._file = open(file, "a", encoding="utf-8")
+        self._file = open(file if writes else os.devnull, "a", encoding="utf-8")
         purge = 0 if after is None else after + 1
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        board = str(folder / "tensorboard")
+        self._board = SummaryWriter(board, purge_step=purge, write_to_disk=writes)
 
     def write(self, record: Record) -> None:
         """One line; a value that is not finite is written as null."""
@@ -63,7 +65,8 @@ class MetricsWriter:
     def flush(self) -> None:
         """Make what was written survive a kill; called before each checkpoint."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if processes.is_first():  # what others write goes nowhere
+            os.fsync(self._file.fileno())
         self._board.flush()
 
     def __enter__(self) -> "MetricsWriter":
@@ -87,7 +90,8 @@ class SpeedLog:
     `seconds/evaluation`, `seconds/observers` and `seconds/checkpoint` (of the save that came after
     the record before); the rates and shares of `accounting.speeds`; what was compiled (not for
     observers, nor by Orbax when it saves), after the first record nothing; and `peak_memory_mib`
-    since the process began. Used as a context manager; time is counted from its creation on.
+    since the process began. Of several processes the work is that of all, the time and memory
+    those of the first. Used as a context manager; time is counted from its creation on.
     """
 
     def __init__(self, folder: str | Path, accounts: Accounts):
@@ -120,7 +124,8 @@ class SpeedLog:
 
     def write(self, step: int) -> None:
         """Record the steps since the last record, of which `step` is the last one."""
-        work, elapsed, spent = self._work, time.perf_counter() - self._since, self._spent
+        elapsed, spent = time.perf_counter() - self._since, self._spent
+        work = self._accounts.of_all(self._work)
         spent["host"] = elapsed - sum(spent.values())
         so_far = self._compilations.so_far()
         compiled = {name: value - self._counted[name] for name, value in so_far.items()}
@@ -132,8 +137,7 @@ class SpeedLog:
             self._all_work = self._all_work.plus(work)
             self._all_spent.update(spent)
         record |= compiled | {"peak_memory_mib": peak_memory()[0] / 2**20}
-        with open(self._file, "a", encoding="utf-8") as log:
-            log.write(line(record))
+        append_log(self._file, [record])
         self._work, self._spent, self._since = Work(), Counter(), self._since + elapsed
 
     def summary(self) -> str:

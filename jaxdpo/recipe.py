@@ -17,7 +17,7 @@ import jax
 import optax
 from ml_collections import ConfigDict, config_dict
 
-from jaxdpo import InputError, losses, pairs, records, sharding, synthetic
+from jaxdpo import InputError, losses, pairs, processes, records, sharding, synthetic
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.step import Objective, decayed, preference_objective, rmsprop, sft_objective, warmup
 
@@ -218,6 +218,20 @@ def begun(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() or any(folder.glob("*/metrics.jsonl"))
 
 
+def check_alike(config: ConfigDict) -> None:
+    """Refuse processes of one run that were not started alike: they would wait for each other.
+
+    Raises `InputError` that names the keys and packages on a process that is not as the first.
+    """
+    mine = {"configuration": json.loads(config.to_json_best_effort()), "versions": _versions()}
+    theirs = processes.from_first(lambda: mine)
+    if differ := records.differing(theirs, mine):
+        raise InputError(
+            f"process {jax.process_index()} was started with another {', '.join(differ)} than "
+            "the first one; start all of them alike"
+        )
+
+
 def claim(config: ConfigDict, workdir: Path) -> None:
     """Make the folder this configuration's; refuse it if another's has begun to train in it.
 
@@ -247,11 +261,14 @@ def claim(config: ConfigDict, workdir: Path) -> None:
         raise InputError(f"--workdir {workdir}: cannot be written to ({error.strerror})") from error
     except ValueError as error:
         raise InputError("configuration: every number must be finite") from error
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers")
-    versions = {name: version(name) for name in packages}
     devices = {"devices": jax.device_count(), "kind": jax.devices()[0].device_kind}
     system = {"python": sys.version.split()[0], "platform": platform.platform()}
-    records.write_json(workdir / "versions.json", versions | system | devices)
+    records.write_json(workdir / "versions.json", _versions() | system | devices)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers")
+    return {name: version(name) for name in packages}
 
 
 def _filled(found: records.Record, defaults: records.Record) -> records.Record:

@@ -1,5 +1,7 @@
 """JSON on disk that a kill cannot spoil: whole files, and logs of one record to a line.
 
+Of several processes the first one writes; for the others, what would write does nothing.
+
 A log is appended to as things happen. The last line of a log whose writer was killed may be
 half a line; it is left out by whoever reads the log, and cut off by whoever goes on with it.
 """
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxdpo import InputError
+from jaxdpo import InputError, processes
 
 Record = dict[str, Any]
 
@@ -43,6 +45,14 @@ def read_log(file: Path) -> list[Record]:
 def write_log(file: Path, records: Iterable[Record]) -> None:
     """Write a whole log or none."""
     _replace(file, "".join(line(record) for record in records))
+
+
+def append_log(file: Path, records: Iterable[Record]) -> None:
+    """Append all of the records; a kill leaves half a line at most."""
+    text = "".join(map(line, records))
+    if processes.is_first():
+        with open(file, "a", encoding="utf-8") as log:
+            log.write(text)
 
 
 def cut_log(file: Path, keep: Callable[[Record], bool]) -> list[Record]:
@@ -86,6 +96,8 @@ def _parsed(text: bytes) -> Record | None:
 
 
 def _replace(file: Path, text: str) -> None:
+    if not processes.is_first():
+        return
     writing = file.with_name(file.name + ".writing")
     writing.write_text(text, encoding="utf-8")
     os.replace(writing, file)

@@ -13,21 +13,20 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from jaxdpo import InputError
+from jaxdpo import InputError, processes, sharding
 from jaxdpo.batching import Batch, Batches, prefetch, times_before
 from jaxdpo.records import Record, differing, read_json, write_json
 from jaxdpo.tokens import TokenStore
 from jaxdpo.train import one_ahead
 
-TokenLogps = Callable[[Batch], jax.Array]  # a batch -> [B, S]
+TokenLogps = Callable[[Batch], jax.Array]  # a batch -> [B, S], of the same rows or of all
 Progress = Callable[[int, int], None]  # how many examples are done, and how many of them now
 
-VERSION = 1  # part of every manifest: raise it when the numbers would differ
+VERSION = 2  # part of every manifest: raise it when the numbers would differ
 RECORD_SECONDS = 5.0  # what a kill can cost
 # How far a token's log-probability may lie from the same weights' in a batch of another shape, in
 # nats. Each of the 2 L sums of a residual stream rounds its numbers by 2^-9 of their size in
@@ -37,20 +36,6 @@ RECORD_SECONDS = 5.0  # what a kill can cost
 # a CPU does not. Another token's number is off by nats, or by less where a model knows little.
 TOLERANCE = {"float32": 0.1, "bfloat16": 1.0, "float16": 0.1}
 TOLERANCE_OF_A_CPU = TOLERANCE | {"float32": 1e-3}
-
-
-def fingerprint(params: Any) -> str:
-    """A hash of every parameter's path, shape, dtype and bytes; the same on any mesh.
-
-    >>> fingerprint({"a": jax.numpy.array([1.0, 2.0])})
-    'c75fff69f5813ab9'
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} ".encode())
-        host = jax.device_get(leaf.copy())  # an array would keep what it once gave to the host
-        digest.update(host.reshape(-1).view("uint8"))
-    return digest.hexdigest()[:16]
 
 
 def reference_token_logps(
@@ -76,8 +61,11 @@ def begun(file: str | Path, manifest: Record, store: TokenStore) -> int:
     Raises `InputError` naming each entry of `manifest` that differs from the one the file was
     begun with, for a file that is spoilt, and where there is no room.
     """
-    file, done = Path(file), 0
-    manifest, beside = manifest | {"code": VERSION}, file.with_suffix(".json")
+    return processes.from_first(lambda: _begun(Path(file), manifest | {"code": VERSION}, store))
+
+
+def _begun(file: Path, manifest: Record, store: TokenStore) -> int:
+    done, beside = 0, file.with_suffix(".json")
     if beside.exists():
         done = _done(file, manifest, store)
     elif file.exists():
@@ -100,8 +88,9 @@ def kept(
 ) -> np.ndarray:
     """`reference_token_logps` as a memory-mapped file, computed only as far as it is not there.
 
-    Raises `ValueError` and `InputError` as that and `begun` do, and `InputError` for numbers that
-    are not finite.
+    All processes must call; the first one writes the file, which all of them see. Raises
+    `ValueError` and `InputError` as that and `begun` do, and `InputError` for numbers that are not
+    finite.
     """
     file, store = Path(file), batches.store
     done = begun(file, manifest, store)
@@ -109,6 +98,7 @@ def kept(
     if done < len(store):
         told = lambda so_far: progress(so_far, so_far - done)
         _compute(file, manifest | {"code": VERSION}, token_logps, batches, done, told)
+    processes.from_first(lambda: done)  # the file is whole
     values = np.load(file, mmap_mode="r")
     if not np.isfinite(values).all():
         raise InputError(
@@ -132,8 +122,8 @@ def check(token_logps: TokenLogps, batch: Batch, *, dtype: str, platform: str) -
     `InputError` where it is more than rounding in `dtype` explains on a `platform` such as "cpu".
     """
     allowed = (TOLERANCE_OF_A_CPU if platform == "cpu" else TOLERANCE)[dtype]
-    again = jax.device_get(token_logps(batch))
-    largest = float(np.abs(again - batch.reference_token_logps)[batch.slots >= 0].max())
+    off = sharding.own_rows(token_logps(batch)) - batch.reference_token_logps
+    largest = float(processes.of_each(np.abs(off).max(where=batch.slots >= 0, initial=0)).max())
     if not largest <= allowed:
         raise InputError(
             f"the stored log-probabilities of the reference are off by {largest:.2g} nats a token "
@@ -204,9 +194,12 @@ def _spoilt(file: Path, found: Record, offsets: np.ndarray) -> str | None:
 
 def _compute(file, manifest, token_logps, batches, done, progress) -> None:
     """The rest of a file of which `done` examples are there."""
-    offsets, values = batches.store.scored_offsets, np.load(file, mmap_mode="r+")
-    first = done // batches.batch_size
-    done = first * batches.batch_size
+    offsets, first = batches.store.scored_offsets, done // batches.batch_size
+    if not processes.is_first():
+        for now in _filled(None, token_logps, batches, first):
+            progress(now)
+        return
+    values, done = np.load(file, mmap_mode="r+"), first * batches.batch_size
     digest = hashlib.sha256(values[: offsets[done]])
     recorded = time.monotonic()
     try:
@@ -231,9 +224,12 @@ def _record(file: Path, manifest: Record, examples: int, digest) -> None:
 
 
 def _filled(
-    values: np.ndarray, token_logps: TokenLogps, batches: Batches, first: int
+    values: np.ndarray | None, token_logps: TokenLogps, batches: Batches, first: int
 ) -> Iterator[int]:
-    """Write the values of each batch from `first` on; yields how many examples are done."""
+    """Write the values of each batch from `first` on (None: only help computing them).
+
+    Yields how many examples are done.
+    """
     count = len(batches.store)
     order = np.concatenate([batches.indices(step) for step in range(len(batches))])
     if not np.array_equal(order[order >= 0], np.arange(count)):
@@ -241,15 +237,26 @@ def _filled(
     ahead = prefetch(batches, first, len(batches))
     results = one_ahead((batch, token_logps(batch)) for batch in ahead)
     for step, (batch, found) in enumerate(results, first + 1):
-        place(values, jax.device_get(found), batch, batches.store)
+        places = processes.of_each(_places(batch, batches.store))
+        found = processes.of_each(sharding.own_rows(found))
+        if values is not None:
+            values[places[places >= 0]] = found[places >= 0]
         yield min(step * batches.batch_size, count)
 
 
 def place(values: np.ndarray, found: np.ndarray, batch: Batch, store: TokenStore) -> None:
     """Write what was found at a batch's scored positions, [B, S], to where `values`, flat as
     `store.scored_offsets` say, has them."""
+    places = _places(batch, store)
+    values[places[places >= 0]] = found[places >= 0]
+
+
+def _places(batch: Batch, store: TokenStore) -> np.ndarray:
+    """The place of each scored token in a flat array, [B, S]; -1 where none is."""
     row, at = np.nonzero(batch.slots >= 0)
     group = row * len(batch.examples) // len(batch.slots)
     example = batch.examples[group, batch.slots[row, at] // 2]
+    places = np.full(batch.slots.shape, -1)
     # An example's scored tokens stand in their order, but others' may stand between.
-    values[store.scored_offsets[example] + times_before(example)] = found[row, at]
+    places[row, at] = store.scored_offsets[example] + times_before(example)
+    return places

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -83,6 +84,45 @@ def param_specs(params: Any) -> Any:
 def param_shardings(params: Any, mesh: Mesh) -> Any:
     """The tree of `NamedSharding`s of a tree of parameters on a mesh; see `param_specs`."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(params))
+
+
+def row_parts(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+    """Which parts of a batch's rows this process's devices hold, and how many parts there are.
+
+    >>> row_parts(make_mesh(fsdp=1, devices=jax.devices()[:1]))
+    ((0,), 1)
+    """
+    parts = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    mine = [any(device.process_index == jax.process_index() for device in part) for part in parts]
+    return tuple(part for part, is_mine in enumerate(mine) if is_mine), len(parts)
+
+
+def put_rows(rows: Any, mesh: Mesh) -> Any:
+    """Arrays of this process's rows, in the order of `row_parts`, as global ones on the mesh."""
+    place, (mine, count) = NamedSharding(mesh, batch_spec), row_parts(mesh)
+    if len(mine) == count:
+        return jax.device_put(rows, place)
+    holders = mesh.devices.reshape(count, -1)
+
+    def put(x):
+        held = [
+            jax.device_put(part, device)
+            for number, part in zip(mine, np.split(x, len(mine)), strict=True)
+            for device in holders[number]
+            if device.process_index == jax.process_index()
+        ]
+        shape = (len(x) // len(mine) * count, *x.shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, place, held)
+
+    return jax.tree.map(put, rows)
+
+
+def own_rows(x: Any) -> np.ndarray:
+    """The rows of `put_rows` back on the host: of an array split by rows those of this process."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return jax.device_get(x)
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([jax.device_get(parts[start]) for start in sorted(parts)])
 
 
 def decoding_shardings(params: Any, mesh: Mesh) -> Any:

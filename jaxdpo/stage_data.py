@@ -5,18 +5,19 @@ those is (`pairs`, `tokens`, `batching`), and what is done with them (`stages`).
 """
 
 import dataclasses
-import json
+import functools
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from jaxdpo import InputError, pairs, recipe
+from jaxdpo import InputError, pairs, processes, recipe, sharding
 from jaxdpo.batching import LENGTH_MULTIPLE, Batches
 from jaxdpo.metrics import console
-from jaxdpo.records import write_json
+from jaxdpo.records import Record, read_json, write_json
 from jaxdpo.tokens import Limits, TokenStore, eos_id, tokenize
 
 
@@ -63,6 +64,7 @@ def in_rows(
             # Whole vector registers of a CPU; whole blocks of an accelerator's attention.
             length_multiple=LENGTH_MULTIPLE if mesh.devices.flat[0].platform == "cpu" else 128,
             divisor=devices * micro_batches,
+            parts=sharding.row_parts(mesh),
             **order,
         )
     except InputError as error:
@@ -78,11 +80,26 @@ def _stores(
     eos = eos_id(tokenizer, config.eos_token)
     stores = {}
     for side, rows in examples.items():
-        stores[side] = tokenize(rows, tokenizer, eos=eos, limits=limits, folder=workdir / "tokens")
+        make = functools.partial(
+            tokenize, rows, tokenizer, eos=eos, limits=limits, folder=workdir / "tokens"
+        )
+        key = processes.from_first(lambda: make().key)  # noqa: B023
+        stores[side] = make()  # which the first one has written
+        if stores[side].key != key:
+            raise InputError(
+                f"{name} {side}: process {jax.process_index()} reads other rows, or has another "
+                "tokenizer, than the first one; give all of them the same files"
+            )
         console.print(f"{name} {side}: {stores[side].report}")
+    processes.from_first(lambda: _report(folder, stores, reading))
+    return stores
+
+
+def _report(folder: Path, stores: dict[str, TokenStore], reading: Record) -> None:
+    """Say what was counted; `InputError` where the stage began with other tokens."""
     file = folder / "data_report.json"
     keys = {side: store.key for side, store in stores.items()}
-    if recipe.begun(folder) and json.loads(file.read_text())["tokens"] != keys:
+    if recipe.begun(folder) and read_json(file)["tokens"] != keys:
         raise InputError(
             f"{folder}: the data or the tokenizer has changed since this stage began; "
             "set it back, or choose another --workdir"
@@ -90,7 +107,6 @@ def _stores(
     folder.mkdir(parents=True, exist_ok=True)
     cut = {side: dataclasses.asdict(store.report) for side, store in stores.items()}
     write_json(file, reading | {"truncation": cut, "tokens": keys})
-    return stores
 
 
 def _examples(

@@ -9,15 +9,14 @@ Left out: what a configuration may say (`recipe`), a stage's data (`stage_data`)
 
 import dataclasses
 import functools
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
@@ -25,6 +24,8 @@ from jaxdpo import (
     InputError,
     attention,
     compilation,
+    fingerprint,
+    processes,
     recipe,
     reference,
     runs,
@@ -41,7 +42,7 @@ from jaxdpo.drift import Drift, first_pairs
 from jaxdpo.lock import locked
 from jaxdpo.metrics import ProgressLine, SpeedLog, console, read_metrics
 from jaxdpo.pythia_config import PythiaConfig
-from jaxdpo.records import write_json
+from jaxdpo.records import read_json, write_json
 from jaxdpo.samples import Hearing, check_room, first_prompts
 from jaxdpo.stage_data import in_rows, stage_batches
 from jaxdpo.step import (
@@ -111,8 +112,6 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 
     Raises `InputError` for every mistake in the configuration, the data or the folder.
     """
-    if jax.process_count() > 1:
-        raise InputError("several processes: a run is of one process yet, with all its devices")
     workdir = Path(os.path.abspath(workdir))
     recipe.check(config)
     compilation.check_dtype(config.model.dtype)
@@ -121,9 +120,8 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 
 
 def _run(config: ConfigDict, workdir: Path) -> None:
-    recipe.claim(config, workdir)
-    if config.synthetic:
-        _write_synthetic(config, workdir)
+    recipe.check_alike(config)
+    processes.from_first(lambda: _begin(config, workdir))
     mesh = sharding.make_mesh(**config.mesh)
     initial = runs.initial(config, workdir, mesh)
     tokenizer, model = load_tokenizer(initial.tokenizer), initial.model
@@ -132,14 +130,22 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         model = _with_fastest_attention(model, mesh)
     this = Run(config, workdir, mesh, tokenizer, model)
     # All stages are made ready first: a mistake in the last one must not cost the others.
-    todo = [name for name in config.stages if not (workdir / name / "done.json").exists()]
+    todo = processes.from_first(lambda: [n for n in config.stages if not _done(workdir / n)])
     prepared = {name: _prepared(this, name) for name in todo}
     start = Start(initial.source, initial.load)
     with jax.set_mesh(mesh):  # the model keeps activations split by rows on it
         for name in config.stages:
             start = _run_stage(this, name, prepared.get(name), start)
-    for line in report.write(workdir):
+    processes.from_first(lambda: _say(report.write(workdir)))
+
+
+def _say(lines: Iterable[Any]) -> None:
+    for line in lines:
         console.print(line, markup=False)
+
+
+def _done(folder: Path) -> bool:
+    return (folder / "done.json").exists()
 
 
 def _with_fastest_attention(model: PythiaConfig, mesh: Mesh) -> PythiaConfig:
@@ -157,11 +163,12 @@ def _with_fastest_attention(model: PythiaConfig, mesh: Mesh) -> PythiaConfig:
     return dataclasses.replace(model, attention=found)
 
 
-def _write_synthetic(config: ConfigDict, workdir: Path) -> None:
-    if recipe.begun(workdir):  # the data is there, and is what this configuration makes
-        return
-    task, sizes = recipe.synthetic_data(config)
-    synthetic.write(workdir / "data", task, **sizes)
+def _begin(config: ConfigDict, workdir: Path) -> None:
+    recipe.claim(config, workdir)
+    # In a run that has begun the data is there, and is what this configuration makes.
+    if config.synthetic and not recipe.begun(workdir):
+        task, sizes = recipe.synthetic_data(config)
+        synthetic.write(workdir / "data", task, **sizes)
 
 
 def _prepared(this: Run, name: str) -> Stage:
@@ -243,8 +250,8 @@ def _run_stage(this: Run, name: str, stage: Stage | None, start: Start) -> Start
         with Checkpoints(folder / "checkpoints", keep=keep, clean=True, say=say) as checkpoints:
             _train(this, stage, start, checkpoints)
             checkpoints.wait()
-        write_json(folder / "done.json", read_metrics(folder)[-1])
-    final = json.loads((folder / "done.json").read_text())
+        processes.from_first(lambda: write_json(folder / "done.json", read_metrics(folder)[-1]))
+    final = read_json(folder / "done.json")
     console.print(f"{name}: finished at step {final['step']}")
     step, load = runs.checkpointed(folder, this.model, this.mesh, settings.hand_on)
     return Start(f"{name} step {step}", load)
@@ -254,8 +261,13 @@ def _train(this: Run, stage: Stage, start: Start, checkpoints: Checkpoints) -> N
     latest, batches, is_dpo = checkpoints.latest_step, stage.batches, stage.name == "dpo"
     init = functools.partial(initial_state, tx=stage.tx)
     like = _abstract_state(this, stage, init)
-    parts = jax.device_count() * stage.settings.micro_batches
-    accounts = Accounts(stage.model, batches["train"].store.lengths, parts=parts)
+    devices, (mine, rows) = jax.device_count(), sharding.row_parts(this.mesh)
+    accounts = Accounts(
+        stage.model,
+        batches["train"].store.lengths,
+        parts=devices * stage.settings.micro_batches,
+        copies=len(mine) * jax.process_count() // rows,
+    )
     with SpeedLog(stage.folder, accounts) as speed:
         # A step that does not fit must say so before the reference is computed.
         loop = compiled_ahead(_loop(this, stage, start, like), like, batches, logps=is_dpo)
@@ -374,7 +386,8 @@ def _forward(
     shapes = [abstract(x, jax.tree.map(lambda leaf: leaf.sharding, x)) for x in map(bare, drawn)]
     for data in in_order.values():
         shapes += abstract_batches(data, put, logps=False)
-    function = jax.jit(functools.partial(token_logps, stage.model))
+    rows = NamedSharding(this.mesh, sharding.batch_spec)
+    function = jax.jit(functools.partial(token_logps, stage.model), out_shardings=rows)
     programs = Programs(function, params, dict.fromkeys(shapes))
     compiled(f"{stage.name} reference", [programs])
     return lambda batch: programs(params, bare(batch))
@@ -396,7 +409,7 @@ def _made_from(this: Run, settings: ConfigDict, params: Any) -> dict[str, Any]:
     numbers = ("num_heads", "rotary_pct", "rotary_base", "layer_norm_epsilon", "parallel_residual")
     limits = ("max_length", "max_prompt_length", "truncation")
     return {
-        "weights": reference.fingerprint(params),
+        "weights": fingerprint.identity(params),
         "model": {field: getattr(this.model, field) for field in numbers},
         "truncation": {key: settings[key] for key in limits},
         "dtype": this.model.dtype,

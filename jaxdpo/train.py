@@ -7,7 +7,6 @@ Left out: what an update does (`step`), where the pieces come from (`stages`), w
 observers see (`samples`, `drift`), and what a speed is (`accounting`).
 """
 
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,14 +14,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxdpo import InputError, sharding
 from jaxdpo.batching import Batch, Batches, RowShape, prefetch
 from jaxdpo.checkpoint import Checkpoints
 from jaxdpo.compilation import Compilations, Programs, compile_all
 from jaxdpo.metrics import MetricsWriter, ProgressLine, SpeedLog, console
-from jaxdpo.records import Record, cut_log, line
+from jaxdpo.records import Record, append_log, cut_log
 from jaxdpo.step import Metrics, TrainState, means
 from jaxdpo.stopping import Stop, Stopped
 
@@ -47,9 +46,7 @@ class Observer(NamedTuple):
 
     def look(self, step: int, params: Any) -> None:
         """Append what is seen, all of a step or nothing."""
-        seen = "".join(map(line, self.records(step, params)))
-        with open(self.log, "a", encoding="utf-8") as log:
-            log.write(seen)
+        append_log(self.log, self.records(step, params))
 
 
 class Loop(NamedTuple):
@@ -72,9 +69,7 @@ class Loop(NamedTuple):
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """This process's rows as one global batch, split over the mesh's `data` and `fsdp` axes."""
-    place = NamedSharding(mesh, sharding.batch_spec)
-    put = functools.partial(jax.make_array_from_process_local_data, place)
-    return jax.tree.map(put, batch)
+    return sharding.put_rows(batch, mesh)
 
 
 def one_ahead(results: Iterable[T]) -> Iterator[T]:
@@ -264,7 +259,7 @@ def _train(session: _Session, state: TrainState, checkpoints: Checkpoints, stop:
         with jax.transfer_guard("disallow"):  # nothing moves to or from a device unasked
             state, metrics = loop.train_step(state, loop.put(batch))
         speed.add(batch)
-        asked = stop.asked  # once: it may change at any moment
+        asked = stop.after(step)
         saves = asked or due(loop.checkpoint_every, step, total)
         stops = saves or any(due(every, step, total) for every in looks)
         if stops or _alone():  # what is done at a stop is not the step's time

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from jaxdpo import InputError
+from jaxdpo import InputError, processes
 from jaxdpo.completions import Decoder, completions, settings
 from jaxdpo.metrics import ProgressLine, console
 from jaxdpo.prompts import Prompt, tail
@@ -55,8 +55,10 @@ def decode(ready: Decoder, prompts: Sequence[Prompt], *, out: str | Path | None)
     """
     file = None if out is None else Path(out)
     made_by = settings(ready, prompts)
-    there = [] if file is None else _there(file, made_by)
-    done = {record["index"] for record in there}
+    there: list[Record] = []
+    if file is not None and processes.is_first():
+        there = _there(file, made_by)
+    done = set(processes.from_first(lambda: [record["index"] for record in there]))
     left = [index for index in range(len(prompts)) if index not in done]
     found = completions(ready, [prompts[index] for index in left], numbers=left)
     if not left:
@@ -103,7 +105,7 @@ def _written(
     """The records of what is found for the prompts that are left, each appended at once."""
     records, done = [], len(prompts) - len(left)
     with (
-        open(file or os.devnull, "a", encoding="utf-8") as log,
+        open(file if file and processes.is_first() else os.devnull, "a", encoding="utf-8") as log,
         ProgressLine("decoded", len(prompts), start=done, unit="prompts") as progress,
     ):
         for place, said in found:

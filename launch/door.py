@@ -1,18 +1,21 @@
 """What every launcher does around its one call: the environment, the flags, the exit status.
 
-`--help` shows the launcher's docstring and its flags. Exit status: 0 done, 2 a mistake in what
-the user gave (one line, never a traceback), 143 stopped by a signal once all was saved, 130 stopped
-at once, 1 a bug or a step that hung.
+`--help` shows the launcher's docstring and its flags. Started as one of several processes, it meets
+the others; only the first one speaks, and what ends one ends all. Exit status: 0 done, 2 a mistake
+in what the user gave (one line, never a traceback), 143 stopped by a signal once all was saved, 130
+stopped at once, 1 a bug, a process lost, or a step that hung.
 """
 
+import os
 import sys
+import traceback
 from collections.abc import Callable, Collection
 
 import xla  # noqa: F401  first of all
 from absl import flags
-from rich.console import Console
 
-from jaxdpo import InputError, compilation
+from jaxdpo import InputError, compilation, processes
+from jaxdpo.metrics import console
 from jaxdpo.stopping import Stopped
 
 
@@ -21,7 +24,6 @@ def run(main: Callable[..., None], *, commands: Collection[str] = ()) -> None:
 
     With `commands`, the first word of the command line must be one of them; `main` is given it.
     """
-    console = Console(stderr=True, soft_wrap=True)
     if "--help" in sys.argv[1:]:
         print(sys.modules[main.__module__].__doc__, flags.FLAGS.main_module_help(), sep="\n")
         sys.exit(0)
@@ -38,15 +40,29 @@ def run(main: Callable[..., None], *, commands: Collection[str] = ()) -> None:
             raise InputError(f"command line: {said}; choose {', '.join(commands)}")
         if words[bool(commands) :]:
             raise InputError(f"command line: {words[-1]!r} belongs to no flag")
+        processes.begin()
+        if not processes.is_first():
+            console.quiet, sys.stdout = True, open(os.devnull, "w")
         if warning := compilation.persist():
-            console.print(warning, markup=False, highlight=False)
+            console.print(warning, markup=False)
         main(*words)
+        processes.from_first(lambda: None)  # no process ends before the first has written all
     except InputError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        sys.exit(2)
+        _end(2, f"error: {error}")
     except Stopped as stopped:
-        console.print(str(stopped), markup=False, highlight=False)
+        console.print(str(stopped), markup=False)
         sys.exit(143)
     except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from what is saved")
-        sys.exit(130)
+        _end(130, "interrupted; the same command goes on from what is saved")
+    except Exception as error:
+        if not processes.several():
+            raise
+        traceback.print_exc()
+        _end(1, f"error: {type(error).__name__}: {error}")
+
+
+def _end(status: int, said: str) -> None:
+    if processes.several():
+        processes.end_all(status, said)
+    console.print(said, style="red" if status == 2 else None, markup=False)
+    sys.exit(status)

@@ -13,4 +13,5 @@ if version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):
 # Fake CPU devices starve each other in a thread pool that is no larger than the machine's cores; a
 # single device takes 1.4 times as long in a larger one.
 if fake := re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")):
-    os.environ.setdefault("NPROC", str(4 * int(fake[1])))
+    devices = int(fake[1]) * int(os.environ.get("JAX_NUM_PROCESSES") or 1)
+    os.environ.setdefault("NPROC", str(4 * devices))

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdpo import InputError
+from jaxdpo import InputError, processes
 from jaxdpo.decoding import loop
 from jaxdpo.decoding.hypotheses import Constraints, Hypotheses, Hypothesis, State
 from jaxdpo.decoding.loop import Rule
@@ -155,7 +155,7 @@ class Search:
         state = self._started(places, prompts, numbers, lengths)
         step = 1
         while True:
-            still = np.array(state.open)
+            still = np.array(processes.fetched(state.open))
             yield from self._left(state, places, still)
             if not still.any():
                 return
@@ -193,7 +193,7 @@ class Search:
             self.rule,
             self.constraints,
             tuple(padded),
-            self._put(keys),
+            jax.random.wrap_key_data(self._put(np.array(jax.random.key_data(keys)))),
             self._put(places >= 0),
             mesh=self.mesh,
             room=self._steps * self.rule.width,
@@ -203,7 +203,7 @@ class Search:
     def _compacted(self, state: State, places: np.ndarray) -> tuple[State, np.ndarray]:
         """The prompts that are still open, in the smallest batch and caches that hold them."""
         still = np.flatnonzero(places >= 0)
-        nodes = jax.device_get(loop.num_nodes(self.scorer, state.caches))
+        nodes = processes.fetched(loop.num_nodes(self.scorer, state.caches))
         keep = np.resize(still, self._batch_bucket(len(still)))
         real = np.arange(len(keep)) < len(still)
         state = loop.compacted(
@@ -220,7 +220,7 @@ class Search:
     def _left(self, state: State, places, still) -> Iterator[tuple[int, list[Hypothesis]]]:
         leaving = np.flatnonzero(~still & (places >= 0))
         if len(leaving):
-            finished = jax.device_get(state.finished)
+            finished = processes.fetched(state.finished)
         for row in leaving.tolist():
             found = _hypotheses(finished, row, self.scorer.part_names)
             if not found:
@@ -230,9 +230,12 @@ class Search:
                 )
             yield int(places[row]), found
 
-    def _put(self, array: Any) -> jax.Array:
-        place = NamedSharding(self.mesh, P(("data", "fsdp"))) if self.mesh else None
-        return jax.device_put(array, place)
+    def _put(self, array: np.ndarray) -> jax.Array:
+        if self.mesh is None:
+            return jax.device_put(array)
+        place = NamedSharding(self.mesh, P(("data", "fsdp")))
+        # Every process has all prompts; each places those of its own devices.
+        return jax.make_array_from_callback(array.shape, place, array.__getitem__)
 
     def _batch_bucket(self, count: int) -> int:
         """The rows of the mesh times a power of two, or all of the batch."""

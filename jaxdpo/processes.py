@@ -1,0 +1,203 @@
+"""Several processes, one run: what they are told, what they agree on, and how they end together.
+
+Every process runs the same program over its share of one mesh. The first one alone writes what
+people read; where that decides what the others do, it tells them. None outlives another: what
+raises on one ends all within seconds, where they would wait for it for ever. Messages go through
+the store that JAX's coordinator keeps, so waiting for one takes no device. Left out: which rows are
+whose (`sharding.row_parts`), and stopping at the same step (`stopping`).
+"""
+
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxdpo import InputError
+
+T = TypeVar("T")
+
+TOLD = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+HEARTBEAT = 60  # seconds without a sign of life after which JAX ends what is left
+POLL = 0.5  # seconds between two looks at whether another process has failed
+LAST_WORDS = 4 * POLL
+_END = "jaxdpo/end"
+_ending = threading.Lock()
+_values = itertools.count()  # every process asks for the same values in the same order
+
+
+def begin() -> None:
+    """Meet the other processes, if there are any; to be called before JAX looks for devices.
+
+    They are those of JAX_COORDINATOR_ADDRESS (HOST:PORT of the first), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID (from 0), or else of the Slurm step, Open MPI job or TPU slice that this one is
+    part of. Raises `InputError` where the three are incomplete or wrong.
+    """
+    told = [os.environ.get(name) for name in TOLD]
+    if any(told):
+        _begin_as_told(told)
+    elif _is_part_of_a_job():
+        _initialize()
+    if several():
+        threading.Thread(target=_listen, daemon=True).start()
+
+
+def several() -> bool:
+    """Whether this is one of several processes."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return not several() or jax.process_index() == 0
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns on the first process, which alone calls it, on all: JSON values.
+
+    >>> from_first(lambda: [1, "a"])
+    [1, 'a']
+    """
+    if not several():
+        return make()
+    key = f"jaxdpo/value/{next(_values)}"
+    if is_first():
+        store().key_value_set(key, json.dumps(make()))
+    return json.loads(_awaited(key))
+
+
+def fetched(tree: Any) -> Any:
+    """Host copies of arrays, whole on every process, whichever devices hold their parts.
+
+    All processes must call.
+    """
+
+    def whole(x):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return jax.device_get(x)
+
+    return jax.tree.map(whole, tree)
+
+
+def of_each(numbers: np.ndarray) -> np.ndarray:
+    """The numbers of every process, one process to a row. All processes must call."""
+    if not several():
+        return numbers[None]
+    # As bytes: JAX would make 32 bits of each number.
+    found = multihost_utils.process_allgather(np.frombuffer(numbers.tobytes(), np.uint8))
+    return np.frombuffer(np.asarray(found).tobytes(), numbers.dtype).reshape(-1, *numbers.shape)
+
+
+def end_all(status: int, said: str) -> None:
+    """End every process with this status, now; each says which one failed, and with what words."""
+    if not is_first():  # which may be about to say the same
+        time.sleep(POLL)
+    if not found(_END):
+        me = {"process": jax.process_index(), "host": socket.gethostname()}
+        try:
+            store().key_value_set(_END, json.dumps(me | {"status": status, "said": said}))
+        except jax.errors.JaxRuntimeError:
+            if not found(_END):  # the store is gone, or else another one was quicker
+                print(said, file=sys.stderr)
+                _exit(status)
+    _end()
+
+
+def store() -> Any:
+    """What the processes tell each other: strings by key, of JAX's coordination service."""
+    from jax._src import distributed  # Orbax reaches it there too: JAX shows it nowhere else
+
+    return distributed.global_state.client
+
+
+def found(key: str) -> str | None:
+    """The value of a key in the store, or None while there is none."""
+    try:
+        return store().key_value_try_get(key)
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def _begin_as_told(told: list[str | None]) -> None:
+    if missing := [name for name, value in zip(TOLD, told, strict=True) if not value]:
+        raise InputError(
+            f"environment: {', '.join(missing)} is not set, which {' and '.join(TOLD)} need; set "
+            "all three, or none"
+        )
+    address, *numbers = told
+    try:
+        count, index = map(int, numbers)
+    except ValueError:
+        count, index = 0, 0
+    if not 0 <= index < count:
+        raise InputError(
+            f"environment: JAX_NUM_PROCESSES={numbers[0]} and JAX_PROCESS_ID={numbers[1]} must be "
+            "numbers, the latter from 0 and less than the former"
+        )
+    if ":" not in address:
+        raise InputError(f"environment: JAX_COORDINATOR_ADDRESS={address} is not HOST:PORT")
+    if count > 1:
+        _initialize(address, count, index)
+
+
+def _is_part_of_a_job() -> bool:
+    """Whether a scheduler says so in a way that JAX reads."""
+    of_slurm = "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS", "1")
+    of_open_mpi = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
+    of_a_slice = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return (of_slurm or "1") != "1" or of_open_mpi != "1" or of_a_slice
+
+
+def _initialize(*told: Any) -> None:
+    try:
+        jax.distributed.initialize(*told, heartbeat_timeout_seconds=HEARTBEAT)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"environment: this process cannot meet the others ({error}); look at "
+            f"{', '.join(TOLD)} and whether all of them have been started"
+        ) from error
+
+
+def _awaited(key: str) -> str:
+    while True:
+        try:
+            return store().blocking_key_value_get(key, 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def _listen() -> None:
+    """End this process when another one says that it has failed."""
+    while jax.distributed.is_initialized():
+        if found(_END):
+            _end()
+        time.sleep(POLL)
+
+
+def _end() -> None:
+    """End this process as the one that failed first has said."""
+    _ending.acquire()  # never released: one thread ends the process, any other waits for that
+    failed = json.loads(found(_END))
+    who = f"process {failed['process']} on {failed['host']}: " if failed["process"] else ""
+    if is_first() or failed["process"]:  # what the first says needs no other to repeat it
+        print(f"{who}{failed['said']}", file=sys.stderr)
+    if is_first():  # with which the store ends: the others must have read it
+        time.sleep(LAST_WORDS)
+    _exit(failed["status"])
+
+
+def _exit(status: int) -> None:
+    """Without the wait for the others that an orderly end begins with."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
