@@ -122,8 +122,9 @@ def check(token_logps: TokenLogps, batch: Batch, *, dtype: str, platform: str) -
     `InputError` where it is more than rounding in `dtype` explains on a `platform` such as "cpu".
     """
     allowed = (TOLERANCE_OF_A_CPU if platform == "cpu" else TOLERANCE)[dtype]
-    off = sharding.own_rows(token_logps(batch)) - batch.reference_token_logps
-    largest = float(processes.of_each(np.abs(off).max(where=batch.slots >= 0, initial=0)).max())
+    off = np.abs(sharding.own_rows(token_logps(batch)) - batch.reference_token_logps)
+    mine = off.max(where=batch.slots >= 0, initial=0, keepdims=True)
+    largest = float(processes.of_each(mine).max())
     if not largest <= allowed:
         raise InputError(
             f"the stored log-probabilities of the reference are off by {largest:.2g} nats a token "

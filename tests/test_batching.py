@@ -175,7 +175,7 @@ def test_processes_hold_the_rows_of_the_single_process(layout):
     store = token_store(ragged_lengths(16))
     targets = np.concatenate([np.concatenate(store[i][1:]) for i in range(16)])
     row_length = 30 if layout == "shared" else 0
-    make = lambda process: Batches(
+    make = lambda parts: Batches(
         store,
         batch_size=8,
         row_length=row_length,
@@ -183,13 +183,16 @@ def test_processes_hold_the_rows_of_the_single_process(layout):
         seed=0,
         layout=layout,
         reference=targets * 0.5,
-        process=process,
+        parts=parts,
     )
-    whole = make((0, 1))[1]
+    whole = make(((0,), 1))[1]
     assert whole.examples.shape[1] == (1 if layout == "separate" else 2)
-    parts = [make((rank, 4))[1] for rank in range(4)]
+    parts = [make(((rank,), 4))[1] for rank in range(4)]
     for leaf, pieces in zip(whole, zip(*parts, strict=True), strict=True):
         np.testing.assert_array_equal(leaf, np.concatenate(pieces))
+    outer = make(((0, 3), 4))[1]  # of devices that do not lie side by side
+    for leaf, first, _, _, last in zip(outer, *parts, strict=True):
+        np.testing.assert_array_equal(leaf, np.concatenate([first, last]))
     for part in parts:
         wanted = np.where(part.slots >= 0, part.targets * 0.5, 0)
         np.testing.assert_array_equal(part.reference_token_logps, wanted)
@@ -324,7 +327,7 @@ def test_a_last_batch_of_fillers_takes_the_rows_of_the_others():
     "options, named",
     [
         (dict(batch_size=0), "batch_size: 0 pairs cannot fill"),
-        (dict(batch_size=6, process=(0, 4)), "batch_size: 6 .* multiple of 4 .*; give a multiple"),
+        (dict(batch_size=6, parts=((0,), 4)), "batch_size: 6 .* multiple of 4 .*; give a multiple"),
         (dict(batch_size=6, divisor=4), "batch_size: 6 .* multiple of 4 .*; give a multiple"),
         (dict(batch_size=6, divisor=8, row_length=9), "batch_size: 6 .* of 8 .*; give at least"),
         (dict(batch_size=4, row_length=-1), "row_length: must be at least 0"),

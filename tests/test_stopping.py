@@ -29,7 +29,7 @@ import time
 from jaxdpo.stopping import Stop
 with Stop() as stop:
     print("listening", flush=True)
-    while not stop.asked:
+    while not stop.after(1):
         time.sleep(0.01)
     print("asked", flush=True)
     time.sleep(60)
@@ -66,5 +66,5 @@ def test_outside_the_loop_signals_are_what_they_were():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked
+        assert stop.after(1)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
