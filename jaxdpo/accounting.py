@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxdpo import processes
 from jaxdpo.attention import keys_per_row, splash_tiling
 from jaxdpo.pythia_config import PythiaConfig
 
@@ -70,18 +69,11 @@ class Accounts:
     """The work of a data set's batches, from lengths that the host knows.
 
     `lengths` are those of the token store that `batch.examples` points into, `parts` as in
-    `hardware_flops`. A process counts its own rows, which `copies` processes hold.
+    `hardware_flops`. One process's rows are counted.
     """
 
-    def __init__(
-        self,
-        config: PythiaConfig,
-        lengths: Int[np.ndarray, "n 3"],
-        *,
-        parts: int = 1,
-        copies: int = 1,
-    ):
-        self.config, self.parts, self.copies = config, parts, copies
+    def __init__(self, config: PythiaConfig, lengths: Int[np.ndarray, "n 3"], *, parts: int = 1):
+        self.config, self.parts = config, parts
         self._tokens = np.asarray(lengths, np.int64).sum(1)
         self._model, self._plain = model_flops(config, lengths), plain_flops(config, lengths)
 
@@ -101,12 +93,6 @@ class Accounts:
             plain_flops=int(self._plain[examples].sum()),
             hardware_flops=hardware_flops(self.config, batch.segment_ids, scored, parts=self.parts),
         )
-
-    def of_all(self, work: Work) -> Work:
-        """The work of all processes, of which each has its own; all of them must call."""
-        own, *rest = work
-        every = processes.of_each(np.asarray(rest, np.int64)).sum(0) // self.copies
-        return Work(own, *every.tolist())
 
 
 def visible_keys(lengths: Int[np.ndarray, "n 3"]) -> Int[np.ndarray, " n"]:

@@ -156,8 +156,6 @@ def decoder(
     rows) on the mesh (None: all devices). Raises `InputError` for what is out of range, before
     a model is loaded where that can be told, and for models that do not go together.
     """
-    if jax.process_count() > 1:
-        raise InputError("several processes: decoding is of one process yet, with all its devices")
     limits = Constraints(max_new_tokens, (), min_new_tokens, no_repeat_ngram=no_repeat_ngram)
     _check(rule, limits, num_return, seed)
     mesh = sharding.make_mesh() if mesh is None else mesh

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxdpo import InputError, hf_layout, processes
+from jaxdpo import InputError, hf_layout, processes, sharding
 from jaxdpo.pythia import init_params
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import read_json, write_json
@@ -314,7 +314,7 @@ def _write_weights(
         tensors = {}
         for name, path, form in entries:
             # Every process takes part in gathering, also those that do not write.
-            tensor = _to_torch(config, form, processes.fetched(_leaf(params, path)))
+            tensor = _to_torch(config, form, sharding.fetched(_leaf(params, path)))
             if writes:
                 tensors[name] = tensor
         if writes:

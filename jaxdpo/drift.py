@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdpo import InputError, decoding, processes, pythia, qfunction, sharding
+from jaxdpo import InputError, decoding, pythia, qfunction, sharding
 from jaxdpo.analysis.trajectories import PARTS, SIDES
 from jaxdpo.batching import Batch, Batches, prefetch
 from jaxdpo.completions import memory, rows_of
@@ -100,7 +100,7 @@ class Drift:
         for batch in prefetch(batches, 0, len(batches)):
             placed = put_batch(batch, self.mesh)
             values = states(self.model, policy, reference, placed)
-            values, slots = processes.fetched((values, placed.slots))
+            values, slots = sharding.fetched((values, placed.slots))
             found.append([x[slots >= 0] for x in values])
         return States(*(np.concatenate(x).astype(np.float64) for x in zip(*found, strict=True)))
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
@@ -91,11 +92,12 @@ class SpeedLog:
     the record before); the rates and shares of `accounting.speeds`; what was compiled (not for
     observers, nor by Orbax when it saves), after the first record nothing; and `peak_memory_mib`
     since the process began. Of several processes the work is that of all, the time and memory
-    those of the first. Used as a context manager; time is counted from its creation on.
+    those of the first; `copies` of them hold the same rows. Used as a context manager; time is
+    counted from its creation on.
     """
 
-    def __init__(self, folder: str | Path, accounts: Accounts):
-        self._file, self._accounts = Path(folder) / "speed.jsonl", accounts
+    def __init__(self, folder: str | Path, accounts: Accounts, *, copies: int = 1):
+        self._file, self._accounts, self._copies = Path(folder) / "speed.jsonl", accounts, copies
         kind, devices = jax.devices()[0].device_kind, jax.device_count()
         peak = peak_flops(kind)
         self._peak = None if peak is None else peak * devices
@@ -125,7 +127,7 @@ class SpeedLog:
     def write(self, step: int) -> None:
         """Record the steps since the last record, of which `step` is the last one."""
         elapsed, spent = time.perf_counter() - self._since, self._spent
-        work = self._accounts.of_all(self._work)
+        work = _of_all(self._work, self._copies)
         spent["host"] = elapsed - sum(spent.values())
         so_far = self._compilations.so_far()
         compiled = {name: value - self._counted[name] for name, value in so_far.items()}
@@ -161,6 +163,12 @@ class SpeedLog:
 
     def __exit__(self, *_) -> None:
         self._compilations.__exit__()
+
+
+def _of_all(work: Work, copies: int) -> Work:
+    """The work of all processes, of which each has counted its rows; all of them must call."""
+    steps, *rest = work
+    return Work(steps, *(processes.of_each(np.array(rest)).sum(0) // copies).tolist())
 
 
 def peak_memory() -> tuple[int, str]:

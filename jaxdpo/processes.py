@@ -74,20 +74,6 @@ def from_first(make: Callable[[], T]) -> T:
     return json.loads(_awaited(key))
 
 
-def fetched(tree: Any) -> Any:
-    """Host copies of arrays, whole on every process, whichever devices hold their parts.
-
-    All processes must call.
-    """
-
-    def whole(x):
-        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-            return multihost_utils.process_allgather(x, tiled=True)
-        return jax.device_get(x)
-
-    return jax.tree.map(whole, tree)
-
-
 def of_each(numbers: np.ndarray) -> np.ndarray:
     """The numbers of every process, one process to a row. All processes must call."""
     if not several():
@@ -95,6 +81,12 @@ def of_each(numbers: np.ndarray) -> np.ndarray:
     # As bytes: JAX would make 32 bits of each number.
     found = multihost_utils.process_allgather(np.frombuffer(numbers.tobytes(), np.uint8))
     return np.frombuffer(np.asarray(found).tobytes(), numbers.dtype).reshape(-1, *numbers.shape)
+
+
+def finish() -> None:
+    """Wait until every process has come to its end: one that leaves early hears of no failure."""
+    if several():
+        store().wait_at_barrier("jaxdpo/finish", 24 * 3600 * 1000)
 
 
 def end_all(status: int, said: str) -> None:

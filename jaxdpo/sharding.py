@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -123,6 +124,20 @@ def own_rows(x: Any) -> np.ndarray:
         return jax.device_get(x)
     parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([jax.device_get(parts[start]) for start in sorted(parts)])
+
+
+def fetched(tree: Any) -> Any:
+    """Host copies of arrays, whole on every process, whichever devices hold their parts.
+
+    All processes must call.
+    """
+
+    def whole(x):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return jax.device_get(x)
+
+    return jax.tree.map(whole, tree)
 
 
 def decoding_shardings(params: Any, mesh: Mesh) -> Any:

@@ -261,14 +261,11 @@ def _train(this: Run, stage: Stage, start: Start, checkpoints: Checkpoints) -> N
     latest, batches, is_dpo = checkpoints.latest_step, stage.batches, stage.name == "dpo"
     init = functools.partial(initial_state, tx=stage.tx)
     like = _abstract_state(this, stage, init)
-    devices, (mine, rows) = jax.device_count(), sharding.row_parts(this.mesh)
-    accounts = Accounts(
-        stage.model,
-        batches["train"].store.lengths,
-        parts=devices * stage.settings.micro_batches,
-        copies=len(mine) * jax.process_count() // rows,
-    )
-    with SpeedLog(stage.folder, accounts) as speed:
+    parts = jax.device_count() * stage.settings.micro_batches
+    accounts = Accounts(stage.model, batches["train"].store.lengths, parts=parts)
+    mine, rows = sharding.row_parts(this.mesh)
+    copies = len(mine) * jax.process_count() // rows
+    with SpeedLog(stage.folder, accounts, copies=copies) as speed:
         # A step that does not fit must say so before the reference is computed.
         loop = compiled_ahead(_loop(this, stage, start, like), like, batches, logps=is_dpo)
         params = None

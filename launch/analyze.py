@@ -14,7 +14,7 @@ import door
 from absl import flags
 from rich.console import Console
 
-from jaxdpo import InputError, pairs
+from jaxdpo import InputError, pairs, processes
 from jaxdpo.analysis import credit, credit_benchmark, report
 
 GIVEN = [
@@ -42,6 +42,8 @@ COMMANDS = {
 
 
 def main(command: str) -> None:
+    if processes.several():
+        raise InputError("several processes: an analysis is of one, with all its devices")
     write, names = COMMANDS[command]
     given = {flag.name: flag.value for flag in GIVEN}
     asked = {name: given.pop(name) for name in names.split()}

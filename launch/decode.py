@@ -12,6 +12,7 @@ from absl import flags
 from rich.console import Console
 
 from jaxdpo import completions, pairs, prompts, transcript
+from jaxdpo.metrics import console
 
 flags.DEFINE_string("model", None, "The model that speaks.")
 flags.DEFINE_multi_string("product", [], "A model of a product, and its power: NAME=EXPONENT.")
@@ -50,7 +51,7 @@ def main() -> None:
     limits = given("max_new_tokens min_new_tokens no_repeat_ngram batch_size")
     asked, report = prompts.collected(**given("prompt prompts data format split limit"))
     if report is not None:
-        Console(stderr=True, soft_wrap=True).print(str(report), markup=False)
+        console.print(str(report), markup=False)
     transcript.check(OUT.value)  # before a model is loaded
     ready = completions.decoder(scoring, **method, **limits)
     Console().print(transcript.table(transcript.decode(ready, asked, out=OUT.value)))

@@ -28,30 +28,16 @@ def run(main: Callable[..., None], *, commands: Collection[str] = ()) -> None:
         print(sys.modules[main.__module__].__doc__, flags.FLAGS.main_module_help(), sep="\n")
         sys.exit(0)
     try:
-        try:
-            arguments = flags.FLAGS(sys.argv)
-        # A recipe is a program: what it or a flag gets wrong can be any exception.
-        except Exception as error:
-            said = " ".join(str(error).strip("\"'").split())
-            raise InputError(f"command line or recipe: {said}") from error
-        words = arguments[1:]
-        if commands and words[:1] not in [[command] for command in commands]:
-            said = f"{words[0]!r} is no command" if words else "a command is missing"
-            raise InputError(f"command line: {said}; choose {', '.join(commands)}")
-        if words[bool(commands) :]:
-            raise InputError(f"command line: {words[-1]!r} belongs to no flag")
+        words = _words(commands)
         processes.begin()
         if not processes.is_first():
             console.quiet, sys.stdout = True, open(os.devnull, "w")
         if warning := compilation.persist():
             console.print(warning, markup=False)
-        main(*words)
-        processes.from_first(lambda: None)  # no process ends before the first has written all
+        status = _status(main, words)
+        processes.finish()
     except InputError as error:
         _end(2, f"error: {error}")
-    except Stopped as stopped:
-        console.print(str(stopped), markup=False)
-        sys.exit(143)
     except KeyboardInterrupt:
         _end(130, "interrupted; the same command goes on from what is saved")
     except Exception as error:
@@ -59,6 +45,33 @@ def run(main: Callable[..., None], *, commands: Collection[str] = ()) -> None:
             raise
         traceback.print_exc()
         _end(1, f"error: {type(error).__name__}: {error}")
+    sys.exit(status)
+
+
+def _words(commands: Collection[str]) -> list[str]:
+    """The words of the command line that are no flags; `InputError` where it is wrong."""
+    try:
+        arguments = flags.FLAGS(sys.argv)
+    # A recipe is a program: what it or a flag gets wrong can be any exception.
+    except Exception as error:
+        said = " ".join(str(error).strip("\"'").split())
+        raise InputError(f"command line or recipe: {said}") from error
+    words = arguments[1:]
+    if commands and words[:1] not in [[command] for command in commands]:
+        said = f"{words[0]!r} is no command" if words else "a command is missing"
+        raise InputError(f"command line: {said}; choose {', '.join(commands)}")
+    if words[bool(commands) :]:
+        raise InputError(f"command line: {words[-1]!r} belongs to no flag")
+    return words
+
+
+def _status(main: Callable[..., None], words: list[str]) -> int:
+    try:
+        main(*words)
+    except Stopped as stopped:
+        console.print(str(stopped), markup=False)
+        return 143
+    return 0
 
 
 def _end(status: int, said: str) -> None:

@@ -14,7 +14,9 @@ PURE |= {"pythia": {"attention", "pythia_config"}, "pythia_config": set(), "atte
 PURE |= {"pythia_cache": {"attention", "pythia", "pythia_config", "sharding"}}
 # Decoding knows no model: it is given one.
 DECODING = {"scorers", "hypotheses", "top_k", "sample", "beam", "loop", "schedule"}
-PURE |= dict.fromkeys([f"decoding/{module}" for module in (*DECODING, "__init__")], DECODING)
+PURE |= dict.fromkeys(
+    [f"decoding/{module}" for module in (*DECODING, "__init__")], DECODING | {"sharding"}
+)
 # Libraries that bring files, flags, clocks or other people's models.
 EFFECTS = {"orbax", "transformers", "datasets", "ml_collections", "absl", "tokenizers", "grain"}
 EFFECTS |= {"safetensors", "huggingface_hub", "os", "time", "pathlib", "json", "rich", "pyarrow"}
@@ -61,4 +63,5 @@ def test_launchers_are_thin_and_shadow_no_standard_module():
 
     for path in sorted(ROOT.glob("launch/*.py")):
         assert path.stem not in sys.stdlib_module_names, path
-        assert len(path.read_text().splitlines()) <= 60, path
+        most = 80 if path.stem == "door" else 60  # which all of them go through
+        assert len(path.read_text().splitlines()) <= most, path

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdpo import InputError, processes
+from jaxdpo import InputError, sharding
 from jaxdpo.decoding import loop
 from jaxdpo.decoding.hypotheses import Constraints, Hypotheses, Hypothesis, State
 from jaxdpo.decoding.loop import Rule
@@ -155,7 +155,7 @@ class Search:
         state = self._started(places, prompts, numbers, lengths)
         step = 1
         while True:
-            still = np.array(processes.fetched(state.open))
+            still = np.array(sharding.fetched(state.open))
             yield from self._left(state, places, still)
             if not still.any():
                 return
@@ -203,7 +203,7 @@ class Search:
     def _compacted(self, state: State, places: np.ndarray) -> tuple[State, np.ndarray]:
         """The prompts that are still open, in the smallest batch and caches that hold them."""
         still = np.flatnonzero(places >= 0)
-        nodes = processes.fetched(loop.num_nodes(self.scorer, state.caches))
+        nodes = sharding.fetched(loop.num_nodes(self.scorer, state.caches))
         keep = np.resize(still, self._batch_bucket(len(still)))
         real = np.arange(len(keep)) < len(still)
         state = loop.compacted(
@@ -220,7 +220,7 @@ class Search:
     def _left(self, state: State, places, still) -> Iterator[tuple[int, list[Hypothesis]]]:
         leaving = np.flatnonzero(~still & (places >= 0))
         if len(leaving):
-            finished = processes.fetched(state.finished)
+            finished = sharding.fetched(state.finished)
         for row in leaving.tolist():
             found = _hypotheses(finished, row, self.scorer.part_names)
             if not found:
