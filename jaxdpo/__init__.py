@@ -10,6 +10,7 @@ Data flows through the modules in this order:
     batching     tokenised examples -> fixed-shape rows [prompt | chosen | rejected]
     packing      which examples of a batch share a row; the few shapes of a run's batches
     sharding     the device mesh; the table parameter -> PartitionSpec
+    processes    several processes, one run: who writes, what all agree on, how all end
     pythia_config  the numbers of a model: published sizes, Hugging Face's config.json
     attention    who sees whom in a row, and which program computes it on which device
     pythia       the GPT-NeoX model: tokens -> hidden states; the unembedding

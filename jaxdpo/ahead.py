@@ -1,9 +1,9 @@
 """What a run's programs need on devices that are not here: memory, arithmetic, bytes moved.
 
 The real training, reference and decoding steps are compiled for a TPU slice by the compiler that
-the slice would use (`pip install libtpu`, which needs no TPU), so that it fits or does not before
-anything is paid for. Rows are described by the mean lengths of the data, not read. Left out:
-times, which no compiler knows, and the loops around the programs (`train`, `decoding`).
+the slice would use (`pip install -e '.[aot]'`, which needs no TPU), so that it fits or does not
+before anything is paid for. Rows are described by the mean lengths of the data, not read. Left
+out: times, which no compiler knows, and the loops around the programs (`train`, `decoding`).
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def tpu_mesh(topology: str, **sizes: int) -> Mesh:
     except Exception as error:  # of any class, by what is missing
         raise InputError(
             f"--topology {topology}: {str(error).splitlines()[0]}; a TPU's compiler is needed "
-            "(pip install libtpu), and a name like v5e:4x4, v5p:2x2x4 or v6e:4x4"
+            "(pip install -e '.[aot]'), and a name like v5e:4x4, v5p:2x2x4 or v6e:4x4"
         ) from error
     return sharding.make_mesh(devices=found.devices, **sizes)
 

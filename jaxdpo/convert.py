@@ -167,7 +167,17 @@ def eos_ids(folder: str | Path) -> tuple[int, ...]:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: missing; the folder must hold a Hugging Face checkpoint")
-    return read_json(path)
+    return read_json(_inside(path.parent, path.name))
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the folder; `InputError` where it is a link to somewhere else."""
+    root, real = folder.resolve(), (folder / name).resolve()
+    # The hub's cache holds every file once, and links of a snapshot lead there.
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
+        raise InputError(f"{folder / name}: is a link out of the folder; put the file itself there")
+    return folder / name
 
 
 def _path(path: tuple[Any, ...]) -> str:
@@ -183,7 +193,7 @@ def _open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Any]:
     tensors, found = {}, {}
     for name in sorted(set(promised.values())) or [_SINGLE]:
         try:
-            file = files.enter_context(safe_open(folder / name, framework="np"))
+            file = files.enter_context(safe_open(_inside(folder, name), framework="np"))
         except (OSError, SafetensorError) as error:
             raise InputError(f"{folder / name}: not readable: {error}") from error
         tensors |= {tensor: file.get_slice(tensor) for tensor in file.keys()}

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from jaxdpo import InputError
 from jaxdpo.pairs import Pair
+from jaxdpo.records import read_json
 
 TRUNCATIONS = ("official", "official_keep_end", "keep_start", "keep_end", "drop")
 FORMAT_VERSION = 1  # part of every key: raise it when the stored ids would differ
@@ -241,7 +242,8 @@ def tokenize(
 
     A store lives in `folder/<key>`; the key is the SHA-256 of the texts, the tokenizer,
     the limits and the format, so a changed input can only miss, never be served stale.
-    Raises `InputError` if nothing is left to train on, or if a text holds the EOS id.
+    Raises `InputError` if nothing is left to train on, if a text holds the EOS id, or if what is
+    in `folder` is not what was written there.
     """
     limits.check()
     key = _key(pairs, tokenizer, eos, limits)
@@ -319,7 +321,8 @@ def _write(path: Path, examples: list[Example], lines: list[int], report: TokenR
     starts = np.concatenate([[0], np.cumsum(lengths.sum(1))[:-1]])
     np.save(building / "tokens.npy", flat.astype(np.uint16 if flat.max() < 2**16 else np.uint32))
     np.save(building / "index.npy", np.column_stack([starts, lengths, lines]).astype(np.int64))
-    (building / "report.json").write_text(json.dumps(asdict(report)))
+    record = {"report": asdict(report), "sha256": _checksum(building)}
+    (building / "report.json").write_text(json.dumps(record))
     try:
         building.rename(path)
     except OSError:  # another process finished the same store first; theirs is identical
@@ -329,12 +332,24 @@ def _write(path: Path, examples: list[Example], lines: list[int], report: TokenR
 
 
 def _open(path: Path) -> TokenStore:
-    index = np.load(path / "index.npy")
-    return TokenStore(
-        tokens=np.load(path / "tokens.npy", mmap_mode="r"),
-        starts=index[:, 0],
-        lengths=index[:, 1:4],
-        lines=index[:, 4],
-        key=path.name,
-        report=TokenReport(**json.loads((path / "report.json").read_text())),
-    )
+    try:
+        record = read_json(path / "report.json")
+        if _checksum(path) != record["sha256"]:
+            raise InputError("its bytes have changed since they were written")
+        index, report = np.load(path / "index.npy"), TokenReport(**record["report"])
+        tokens = np.load(path / "tokens.npy", mmap_mode="r")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: these tokens cannot be trusted ({error}); delete that folder to have them "
+            "made again"
+        ) from error
+    starts, lengths, lines = index[:, 0], index[:, 1:4], index[:, 4]
+    return TokenStore(tokens, starts, lengths, lines, path.name, report)
+
+
+def _checksum(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in ("tokens.npy", "index.npy"):
+        with open(folder / name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -2,8 +2,8 @@
 
 python launch/compile.py --config configs/tldr_pythia_2_8b.py --topology v5e:4x4
 
-Needs the compiler of the slice, `pip install libtpu`. Nothing is read but the recipe: rows are as
-the lengths given here make them. With --search the micro-batch is grown until it fits no more.
+Needs the compiler of the slice, `pip install -e '.[aot]'`. Nothing is read but the recipe: rows are
+as the lengths given here make them. With --search the micro-batch is grown until it fits no more.
 A recipe is a Python file and is executed: run only those you trust.
 """
 

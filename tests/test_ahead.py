@@ -99,12 +99,12 @@ def test_the_largest_micro_batch_is_between_what_fits_and_what_does_not(monkeypa
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
 def test_without_a_compiler_the_user_is_told_where_it_is():
-    with pytest.raises(InputError, match=r"pip install libtpu"):
+    with pytest.raises(InputError, match=r"pip install -e '.\[aot\]'"):
         ahead.tpu_mesh("v5e:4x4")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install -e '.[aot]'")
 @pytest.mark.parametrize("topology, devices", [("v5e:2x4", 8), ("v5p:2x2x1", 4)])
 def test_a_recipe_for_a_slice(tmp_path, topology, devices):
     command = [sys.executable, "launch/compile.py", "--config", "configs/tldr_pythia_2_8b.py"]

@@ -293,7 +293,7 @@ assert "all-gather" not in text and "all-to-all" not in text, "rows or heads are
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="a TPU's compiler: pip install libtpu"
+    importlib.util.find_spec("libtpu") is None, reason="a TPU's compiler: pip install -e '.[aot]'"
 )
 def test_the_tpu_kernel_compiles_for_a_slice_without_moving_anything():
     environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
