@@ -117,9 +117,29 @@ class Pythia(nn.Module):
 
     def embed(self, tokens):
         # The looked-up rows are cast, not the table, whose gradient sums over tokens.
-        table = _constrain(self.embedding, P("tensor"))
-        x = jnp.take(table, tokens, axis=0, mode="fill").astype(self.config.dtype)
+        x = _looked_up(self.embedding, tokens).astype(self.config.dtype)
         return _constrain(x, P(("data", "fsdp")))
+
+
+def _looked_up(table, tokens):
+    """The rows of a table, [B, T, D], in float32 or as the parameters are.
+
+    Where `fsdp` splits the table's columns, each device looks up its columns for the tokens of all
+    devices, which then exchange what they have found: as many bytes as activations have. Left
+    alone, XLA gathers the table, and adds up gradients of its size that are mostly zeros.
+    """
+    rows, mesh = P(("data", "fsdp")), jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape[axis] for axis in ("data", "fsdp") if axis in mesh.auto_axes)
+    take = functools.partial(jnp.take, axis=0, mode="fill")
+    if "fsdp" not in mesh.auto_axes or mesh.shape["fsdp"] == 1 or len(tokens) % parts:
+        return take(_constrain(table, P("tensor")), tokens)
+
+    def own_columns(table, tokens):
+        found = take(table, jax.lax.all_gather(tokens, "fsdp", tiled=True))
+        return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    places = dict(in_specs=(P(None, "fsdp"), rows), out_specs=rows, axis_names={"data", "fsdp"})
+    return jax.shard_map(own_columns, **places)(table, tokens)
 
 
 def rotary_angles(
