@@ -31,7 +31,9 @@ from jaxdpo.pythia_cache import CachedPythia
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.step import initial_state, make_train_step, state_shardings, token_logps
 
-_NO_ROOM = re.compile(r"Used ([\d.]+\w) of ([\d.]+\w) hbm")
+_NO_ROOM = re.compile(
+    r"Used ([\d.]+\w) of ([\d.]+\w) hbm|\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)"
+)
 
 
 class Lengths(NamedTuple):
@@ -261,7 +263,8 @@ def _compiled(name: str, mesh: Mesh, lower) -> Report:
     except jax.errors.JaxRuntimeError as error:
         if not (found := _NO_ROOM.search(str(error))):
             raise
-        fault = f"needs {found[1]} of {found[2]}"
+        needed, there = filter(None, found.groups())
+        fault = f"needs {needed} of {there}"
         return Report(name, time.perf_counter() - began, fault)
     size = program.memory_analysis()
     return Report(

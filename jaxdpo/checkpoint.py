@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxdpo import InputError, processes
@@ -100,6 +101,7 @@ class Checkpoints:
                 return step, self.restore(step, state)
             except Spoilt as fault:
                 self._set_aside(step, fault)
+                self._checkpointer.reload()  # the step is to be saved again
         if any(self.folder.glob("*.spoilt")):
             raise InputError(
                 f"{self.folder}: none of its checkpoints can be trusted; delete "
@@ -127,12 +129,16 @@ class Checkpoints:
     def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         saved = self._record(step)["fingerprints"]
         _check_kinds(self._named(step), abstract, saved)
+        fault, loaded = None, {}
         try:
             loaded = self._checkpointer.load_checkpointables(step, abstract)
         except (jax.errors.JaxRuntimeError, MemoryError):  # no room: the checkpoint is good
             raise
         except Exception as error:  # Orbax wraps the cause in a misleading "no entry"
-            raise self._unreadable(step, error.__context__ or error) from error
+            fault = error.__context__ or error
+        # Each process has read its own parts, but all must take the same step.
+        if processes.of_each(np.array([fault is not None])).any():
+            raise self._unreadable(step, fault or "so another process says") from fault
         for path, found in fingerprints(loaded).items():
             if found != saved[path]:
                 raise Spoilt(f"{self._named(step)} is not what was saved: {path} has changed")
@@ -151,7 +157,7 @@ class Checkpoints:
 
     def _check_metrics(self) -> None:
         """Set aside steps whose metrics Orbax cannot read: it opens no folder with such a step."""
-        for file in sorted(self.folder.glob("*/metrics/metrics")):
+        for file in sorted(self.folder.glob("*[0-9]/metrics/metrics")):  # none that is set aside
             step = file.parent.parent.name
             try:
                 json.loads(file.read_text())["loss"] + 0.0
@@ -166,7 +172,8 @@ class Checkpoints:
         self._say(f"warning: {fault}; it is set aside as {aside.name}")
 
     def _unreadable(self, step: int | str, why: object) -> Spoilt:
-        return Spoilt(f"{self._named(step)} cannot be read ({why})")
+        said = str(why).partition("\n")[0].partition(" See full")[0]
+        return Spoilt(f"{self._named(step)} cannot be read ({said})")
 
     def _named(self, step: int | str) -> str:
         return f"{self.folder / str(step)}: this checkpoint"

@@ -94,8 +94,7 @@ def save_hf(
     already, the tokenizer does not fit, or parameters and configuration disagree.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is not empty; name another folder")
+    processes.from_first(lambda: _refuse_taken(folder))
     _refuse_other_shapes(config, params)
     if tokenizer_from is not None:
         _refuse_foreign_tokenizer(tokenizer_path(tokenizer_from), config, eos_id)
@@ -293,6 +292,11 @@ def _read_block(
 
 
 # --- writing ---------------------------------------------------------------------------
+
+
+def _refuse_taken(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not empty; name another folder")
 
 
 def _refuse_other_shapes(config: PythiaConfig, params: dict[str, Any]) -> None:

@@ -128,17 +128,17 @@ def _looked_up(table, tokens):
     devices, which then exchange what they have found: as many bytes as activations have. Left
     alone, XLA gathers the table, and adds up gradients of its size that are mostly zeros.
     """
-    rows, mesh = P(("data", "fsdp")), jax.sharding.get_abstract_mesh()
-    parts = math.prod(mesh.shape[axis] for axis in ("data", "fsdp") if axis in mesh.auto_axes)
-    take = functools.partial(jnp.take, axis=0, mode="fill")
-    if "fsdp" not in mesh.auto_axes or mesh.shape["fsdp"] == 1 or len(tokens) % parts:
+    mesh, take = jax.sharding.get_abstract_mesh(), functools.partial(jnp.take, axis=0, mode="fill")
+    axes = [axis for axis in ("data", "fsdp") if axis in mesh.auto_axes and mesh.shape[axis] > 1]
+    if "fsdp" not in axes or len(tokens) % math.prod(mesh.shape[axis] for axis in axes):
         return take(_constrain(table, P("tensor")), tokens)
 
     def own_columns(table, tokens):
         found = take(table, jax.lax.all_gather(tokens, "fsdp", tiled=True))
         return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=2, tiled=True)
 
-    places = dict(in_specs=(P(None, "fsdp"), rows), out_specs=rows, axis_names={"data", "fsdp"})
+    rows = P(tuple(axes))
+    places = dict(in_specs=(P(None, "fsdp"), rows), out_specs=rows, axis_names=set(axes))
     return jax.shard_map(own_columns, **places)(table, tokens)
 
 

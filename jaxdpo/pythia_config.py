@@ -49,6 +49,7 @@ _HF_ROTARY = {
     "rotary_pct": ("rotary_pct", "partial_rotary_factor"),
     "rotary_base": ("rotary_emb_base", "rope_theta"),
 }
+_LARGEST = 2**31  # of any number: what is larger overflows somewhere
 _HF_BOOKKEEPING = frozenset(
     "architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype use_cache "
     "transformers_version initializer_range classifier_dropout is_decoder tokenizer_class "
@@ -157,11 +158,7 @@ class PythiaConfig:
             for key, fixed in _HF_FIXED.items()
             if hf.get(key, fixed) != fixed
         ]
-        problems += [
-            f"{key} is {'not a number' if key in hf else 'missing'}"
-            for key in _HF_FIELDS.values()
-            if type(hf.get(key)) not in (int, float)
-        ]
+        problems += [f"{key} is missing" for key in _HF_FIELDS.values() if hf.get(key) is None]
         parallel = hf.get("use_parallel_residual")
         if type(parallel) not in (bool, type(None)):
             problems.append(f"use_parallel_residual={parallel!r} is neither true nor false")
@@ -184,7 +181,8 @@ class PythiaConfig:
         for name in overrides:
             if name not in known:
                 raise InputError(f"{name}: no such field; they are {', '.join(known)}")
-        return cls(**fields | overrides)
+        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+        return cls(**{name: _as(kinds[name], name, x) for name, x in (fields | overrides).items()})
 
     def to_hf(self, *, eos_id: int = 0) -> dict[str, Any]:
         """The `config.json` that makes `transformers` compute the same, as a dictionary.
@@ -214,13 +212,27 @@ class PythiaConfig:
         }
 
 
+def _as(kind: Any, name: str, value: Any) -> Any:
+    """A field's value as its kind says; `InputError` where it is of another, or out of range."""
+    if kind is float and type(value) is int and abs(value) < _LARGEST:
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        said = getattr(kind, "__name__", str(kind))
+        raise InputError(f"{name}={str(value)[:40]!r}: must be of type {said}")
+    if isinstance(value, int | float) and not abs(value) < _LARGEST:
+        raise InputError(f"{name}={str(value)[:40]}: must be finite and less than {_LARGEST}")
+    return value
+
+
 def _hf_rotary(hf: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
     """The rotary fields that a `config.json` gives, and what is wrong with them."""
-    rope = dict(hf.get("rope_parameters") or {})
-    fields, problems = {}, []
+    rope = hf.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        return {}, [f"rope_parameters={rope!r} is no object"]
+    rope, fields, problems = dict(rope), {}, []
     for field, (old, new) in _HF_ROTARY.items():
         given = {old: hf.get(old), f"rope_parameters.{new}": rope.pop(new, None)}
-        given = {key: float(value) for key, value in given.items() if value is not None}
+        given = {key: _as(float, key, value) for key, value in given.items() if value is not None}
         if len(set(given.values())) == 1:
             fields[field] = next(iter(given.values()))
         elif given:

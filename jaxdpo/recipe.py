@@ -25,6 +25,7 @@ STAGES = ("sft", "dpo")
 SIZES = ("sft_train", "sft_test", "pairs_train", "pairs_test")  # of synthetic
 POSTS = ("posts_train", "posts_test")  # the same; 0 where they do not stand
 TINY, HUGE = 1e-12, 1e30  # what must be positive; what has no other upper limit
+OPTIONAL = ("max_prompt_length",)  # may be None
 # Keys of a stage that train nothing.
 OBSERVING = ("samples", "sample_tokens", "trajectories", "trajectories_every", "hang_seconds")
 # Keys that change how rows are packed and nothing but time; the last is of older versions.
@@ -131,6 +132,7 @@ def _blank_stage() -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
     """Refuse keys that contradict each other, have no effect, or name what does not exist."""
+    _check_types(config, blank())
     if config.runs:
         raise InputError("runs: a run has no runs of its own")
     unknown = [name for name in config.stages if name not in STAGES]
@@ -148,6 +150,9 @@ def check(config: ConfigDict) -> None:
             raise InputError(
                 f"{name}.data: give either eval (a file) or test_fraction (a share of the prompts)"
             )
+        for key in ("test_fraction", "max_bad_fraction"):
+            if not 0 <= stage.data[key] <= 1:
+                raise InputError(f"{name}.data.{key}: {stage.data[key]} is not between 0 and 1")
         if stage.data.test_fraction and (stage.data.eval_limit or stage.data.eval_split != "train"):
             raise InputError(f"{name}.data: eval_limit and eval_split have no effect without eval")
         if stage.optimizer == "rmsprop" and stage.weight_decay:
@@ -187,13 +192,32 @@ def check(config: ConfigDict) -> None:
         synthetic_data(config)
 
 
+def _check_types(config: ConfigDict, known: ConfigDict, prefix: str = "") -> None:
+    """Refuse values of another type than a recipe begins with; a part without keys holds any."""
+    for key, default in known.items():
+        value, name = config.get(key), prefix + key
+        if isinstance(default, ConfigDict) or isinstance(value, ConfigDict):
+            if not (isinstance(value, ConfigDict) and isinstance(default, ConfigDict)):
+                raise InputError(f"{name}: {str(value)[:40]!r} cannot stand there")
+            _check_types(value, default, f"{name}.")
+            continue
+        kinds = (type(default),) if default is not None else (int, type(None))
+        kinds += (int,) if float in kinds else (type(None),) if key in OPTIONAL else ()
+        kinds += (tuple, list) if tuple in kinds else ()
+        if type(value) not in kinds:
+            said = " or ".join(kind.__name__ for kind in kinds)
+            raise InputError(f"{name}: {str(value)[:40]!r} is of no type that it may have ({said})")
+        if isinstance(value, int | float) and not abs(value) <= HUGE:
+            raise InputError(f"{name}: {str(value)[:40]} is not finite, or too large")
+
+
 def random_model(config: ConfigDict) -> PythiaConfig:
     """The model that a configuration without weights to begin from describes."""
     model = config.model.to_dict()
     storage = {key: model[key] for key in model.keys() - {"weights", "name", "overrides"}}
     try:
         return PythiaConfig.from_name(model["name"], **model["overrides"], **storage)
-    except (TypeError, ValueError) as error:  # a value of the wrong type, or an InputError
+    except InputError as error:
         raise InputError(f"model: {error}") from error
 
 

@@ -173,7 +173,8 @@ def _local_backward(plan, rows, table, logits):
     if _split(plan, "tensor"):
         of_hidden = jax.lax.psum(of_hidden, "tensor")
     if _split(plan, "fsdp"):
-        of_table = jax.lax.psum_scatter(of_table, "fsdp", scatter_dimension=1, tiled=True)
+        # By its rows, which tiles of 128 columns would otherwise pad, several times over on a TPU.
+        of_table = jax.lax.psum_scatter(of_table.T, "fsdp", scatter_dimension=0, tiled=True).T
     if _split(plan, "data"):
         of_table = jax.lax.psum(of_table, "data")
     return of_hidden.astype(hidden.dtype), of_table

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -275,7 +275,7 @@ def write(
     _replace(Path(folder, "tokenizer.json"), [tokenizer().to_str(pretty=True)])
 
 
-def check_sizes(sizes: Mapping[str, int]) -> None:
+def check_sizes(sizes: Mapping[str, Any]) -> None:
     """Raise `InputError` for a count of rows that is negative or no whole number."""
     for name, count in sizes.items():
         _check_count(name, count, 0)
@@ -303,7 +303,7 @@ def _rows(task: Task, seed: int, split: str, *, sft: int, pairs: int, posts: int
     }
 
 
-def _check_count(name: str, value: int, low: int, high: int = 10**9) -> None:
+def _check_count(name: str, value: Any, low: int, high: int = 10**9) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise InputError(f"{name}: {value!r} must be a whole number from {low} to {high}")
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -321,7 +321,7 @@ def _write(path: Path, examples: list[Example], lines: list[int], report: TokenR
     starts = np.concatenate([[0], np.cumsum(lengths.sum(1))[:-1]])
     np.save(building / "tokens.npy", flat.astype(np.uint16 if flat.max() < 2**16 else np.uint32))
     np.save(building / "index.npy", np.column_stack([starts, lengths, lines]).astype(np.int64))
-    record = {"report": asdict(report), "sha256": _checksum(building)}
+    record = {"report": asdict(report), "sha256": _checksum(building, asdict(report))}
     (building / "report.json").write_text(json.dumps(record))
     try:
         building.rename(path)
@@ -334,7 +334,7 @@ def _write(path: Path, examples: list[Example], lines: list[int], report: TokenR
 def _open(path: Path) -> TokenStore:
     try:
         record = read_json(path / "report.json")
-        if _checksum(path) != record["sha256"]:
+        if _checksum(path, record["report"]) != record["sha256"]:
             raise InputError("its bytes have changed since they were written")
         index, report = np.load(path / "index.npy"), TokenReport(**record["report"])
         tokens = np.load(path / "tokens.npy", mmap_mode="r")
@@ -347,8 +347,8 @@ def _open(path: Path) -> TokenStore:
     return TokenStore(tokens, starts, lengths, lines, path.name, report)
 
 
-def _checksum(folder: Path) -> str:
-    digest = hashlib.sha256()
+def _checksum(folder: Path, report: Any) -> str:
+    digest = hashlib.sha256(json.dumps(report).encode())
     for name in ("tokens.npy", "index.npy"):
         with open(folder / name, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

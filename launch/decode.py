@@ -50,8 +50,7 @@ def main() -> None:
     method = completions.method(METHOD.value, given(" ".join(completions.OPTIONS)))
     limits = given("max_new_tokens min_new_tokens no_repeat_ngram batch_size")
     asked, report = prompts.collected(**given("prompt prompts data format split limit"))
-    if report is not None:
-        console.print(str(report), markup=False)
+    console.print(str(report or ""), markup=False, end="\n" if report else "")
     transcript.check(OUT.value)  # before a model is loaded
     ready = completions.decoder(scoring, **method, **limits)
     Console().print(transcript.table(transcript.decode(ready, asked, out=OUT.value)))

@@ -146,6 +146,23 @@ def test_every_file_in_turn_spoilt_nothing_wrong_is_ever_restored(tmp_path, two_
     assert found[3] > len(files)  # most of them matter
 
 
+@pytest.mark.parametrize("spoil", ["params/d/*", "metrics/metrics"])
+@pytest.mark.filterwarnings("ignore:.*_background_load")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_step_that_was_set_aside_is_saved_again(tmp_path, two_steps, spoil):
+    """As the run that goes on from the one before it does."""
+    folder, state, wanted = two_steps
+    shutil.copytree(folder, tmp_path / "checkpoints")
+    truncate(next(file for file in tmp_path.glob(f"checkpoints/7/{spoil}") if file.is_file()))
+    with Checkpoints(tmp_path / "checkpoints", clean=True, say=str) as checkpoints:
+        assert checkpoints.restore_latest(wanted)[0] == 3
+        checkpoints.save(7, state, loss=0.5)
+    with Checkpoints(tmp_path / "checkpoints") as reader:
+        assert (reader.latest_step, reader.best_step) == (7, 7)
+        chex.assert_trees_all_equal(reader.restore(7, wanted), state)
+    gc.collect()
+
+
 @pytest.mark.filterwarnings("ignore:.*_background_load")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_where_no_step_can_be_trusted_nothing_is_begun_anew_unasked(tmp_path, two_steps):

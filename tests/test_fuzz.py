@@ -6,6 +6,7 @@ anywhere but where it was asked for.
 """
 
 import copy
+import functools
 import importlib.util
 import json
 import random
@@ -20,7 +21,7 @@ import pytest
 from jaxdpo import InputError, convert, pairs, pythia, recipe, tokens
 from jaxdpo.pairs import Pair
 from jaxdpo.sharding import make_mesh
-from jaxdpo.synthetic import tokenizer
+from jaxdpo.synthetic import Task, example, tokenizer
 
 ROOT = Path(__file__).parents[1]
 CONFIG = pythia.PythiaConfig(vocab_size=64, num_layers=1, num_heads=2, width=16, mlp_width=16)
@@ -32,12 +33,12 @@ NASTY = (
 )  # fmt: skip
 
 
-def refused_or_read(read):
-    """What `read` gives; None where it refuses in a line."""
+def refused_or_read(read, lines=1):
+    """What `read` gives; None where it refuses, in so many lines at most."""
     try:
         return read()
     except InputError as error:
-        assert str(error) and "\n" not in str(error).strip(), error
+        assert 0 < len(str(error).strip().split("\n")) <= lines, error
         return None
 
 
@@ -99,8 +100,12 @@ ROWS = {
         "summaries": [{"text": " a", "policy": "x"}, {"text": " b", "policy": "y"}],
         "choice": 1,
     },
-    "carper_comparisons": {"prompt": "p", "chosen": "TL;DR: a", "rejected": "TL;DR: b"},
-    "carper_tldr": {"prompt": "p", "label": " a"},
+    "carper_comparisons": {
+        "prompt": "SUBREDDIT: r/s\nTITLE: t\nPOST: p",
+        "chosen": "TL;DR: a",
+        "rejected": "TL;DR: b",
+    },
+    "carper_tldr": {"prompt": "SUBREDDIT: r/s\nTITLE: t\nPOST: p\nTL;DR:", "label": " a"},
     "hh": {"chosen": "\n\nHuman: h\n\nAssistant: a", "rejected": "\n\nHuman: h\n\nAssistant: b"},
 }
 
@@ -119,7 +124,8 @@ def test_data_rows(fenced, seed):
         suffix = draw.choice([".jsonl", ".jsonl", ".jsonl", ".json", ".jsonl.gz", ".parquet"])
         file = fenced / f"{case}{suffix}"
         file.write_bytes(b"\n".join([good, *bad]) + b"\n" * draw.randint(0, 1))
-        found = refused_or_read(lambda: pairs.read_pairs(file, format=form, max_bad_fraction=1.0))  # noqa: B023
+        read_it = functools.partial(pairs.read_pairs, str(file), format=form, max_bad_fraction=1.0)
+        found = refused_or_read(read_it, lines=12)  # what was wrong with the rows is counted
         if found:
             read, report = found
             assert all(pair.prompt.strip() and pair.chosen.strip() for pair in read)
@@ -132,7 +138,10 @@ def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     words = tokenizer()
     examples = [
-        Pair(f"My name is Sam {i}.", " Sam is a cook.", " Sam is at sea.", i) for i in range(1, 9)
+        Pair(one.prompt, one.chosen, one.rejected, line)
+        for line, one in enumerate(
+            (example(Task(), seed=0, split="train", index=i) for i in range(8)), 1
+        )
     ]
     limits = tokens.Limits(64, 48, "official")
     eos = tokens.eos_id(words)
