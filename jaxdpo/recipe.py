@@ -12,6 +12,7 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -256,12 +257,13 @@ def check_alike(config: ConfigDict) -> None:
         )
 
 
-def claim(config: ConfigDict, workdir: Path) -> None:
+def claim(config: ConfigDict, workdir: Path) -> list[str]:
     """Make the folder this configuration's; refuse it if another's has begun to train in it.
 
     The mesh and how rows are packed may change (a run goes on, to rounding), and so may the keys
     of a stage that has not begun, and what only observes in one that is not finished. Keys that
-    the run's version did not have count as left at their defaults.
+    the run's version did not have count as left at their defaults. Returns what of `versions.json`,
+    packages and devices, is not as it was when the run was last gone on with.
     """
     file = workdir / "config.json"
     free = {"mesh"} | {name for name in STAGES if not begun(workdir / name)}
@@ -287,7 +289,19 @@ def claim(config: ConfigDict, workdir: Path) -> None:
         raise InputError("configuration: every number must be finite") from error
     devices = {"devices": jax.device_count(), "kind": jax.devices()[0].device_kind}
     system = {"python": sys.version.split()[0], "platform": platform.platform()}
-    records.write_json(workdir / "versions.json", _versions() | system | devices)
+    return _note_versions(workdir, _versions() | system | devices)
+
+
+def _note_versions(workdir: Path, now: dict[str, Any]) -> list[str]:
+    """Write down what runs, and under `earlier` what ran before where that was another."""
+    file, earlier, differ = workdir / "versions.json", [], []
+    if file.exists() and begun(workdir):
+        found = records.read_json(file)
+        earlier = found.pop("earlier", [])
+        if differ := records.differing(found, now):
+            earlier = [*earlier, {key: found.get(key) for key in differ}]
+    records.write_json(file, now | ({"earlier": earlier} if earlier else {}))
+    return differ
 
 
 def _versions() -> dict[str, str]:

@@ -164,7 +164,11 @@ def _with_fastest_attention(model: PythiaConfig, mesh: Mesh) -> PythiaConfig:
 
 
 def _begin(config: ConfigDict, workdir: Path) -> None:
-    recipe.claim(config, workdir)
+    if differ := recipe.claim(config, workdir):
+        console.print(
+            f"warning: {', '.join(differ)} changed since this run was last gone on with (see "
+            "versions.json): it goes on from the same examples, but not bit for bit"
+        )
     # In a run that has begun the data is there, and is what this configuration makes.
     if config.synthetic and not recipe.begun(workdir):
         task, sizes = recipe.synthetic_data(config)

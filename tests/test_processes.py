@@ -164,6 +164,25 @@ if me == {which}:
         assert re.search(f"^{who}.*{re.escape(words)}", said, re.MULTILINE), said
 
 
+STUCK = """
+processes.of_each(np.zeros(1))
+with Stop(hang_seconds=3) as stop:
+    if me == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    stop.alive()
+    processes.of_each(np.zeros(1))
+"""
+
+
+@pytest.mark.slow
+def test_a_host_that_stands_still_ends_all_with_the_stacks(tmp_path):
+    """The others' step hangs; local.py kills what does not end half a minute after that."""
+    began = time.monotonic()
+    status, said = run(2, program(tmp_path, STUCK))
+    assert status == 1 and time.monotonic() - began < 90, said
+    assert "Timeout" in said and "of_each" in said  # where the main thread stood
+
+
 def test_a_mistake_of_all_is_told_once(tmp_path):
     text = "raise InputError('recipe: no such key')"
     status, said = run(2, program(tmp_path, text))
@@ -330,6 +349,19 @@ def test_a_host_that_is_killed_costs_nothing(two, tmp_path):
     assert status == 0, said
     assert read_metrics(workdir / "dpo") == read_metrics(two / "dpo")
     assert saved(workdir, "dpo") == saved(two, "dpo")
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_were(two, tmp_path):
+    """From the same examples, on as many devices: the same numbers to rounding."""
+    workdir = tmp_path / "run"
+    shutil.copytree(two, workdir)
+    shutil.rmtree(workdir / "dpo/checkpoints/12")
+    (workdir / "dpo/done.json").unlink()
+    status, said = ended(train(1, workdir, devices=2))
+    assert status == 0 and "resumed from step 10" in said, said
+    ours, theirs = (numbers(read_metrics(x / "dpo")) for x in (workdir, two))
+    assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -393,6 +394,38 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_the_rows(tmp_path):
 
 
 @pytest.mark.slow
+def test_other_versions_are_told_and_both_kept(finished, tmp_path, capfd):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    file = workdir / "versions.json"
+    now = json.loads(file.read_text())
+    file.write_text(json.dumps(now | {"jax": "0.0.1", "kind": "abacus"}))
+    stages.run(recipe(), workdir)
+    assert "warning: jax, kind changed since this run" in capfd.readouterr().err
+    assert json.loads(file.read_text()) == now | {"earlier": [{"jax": "0.0.1", "kind": "abacus"}]}
+    stages.run(recipe(), workdir)
+    assert "warning" not in capfd.readouterr().err
+    assert len(json.loads(file.read_text())["earlier"]) == 1
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (2, 4), (4, 2)], ids=str)
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.slow
+def test_another_mesh_goes_on_from_the_same_examples(finished, tmp_path, capfd, mesh):
+    """To rounding: other sums over other devices."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / f"dpo/checkpoints/{TOTAL}")
+    (workdir / "dpo/done.json").unlink()
+    data, fsdp = mesh
+    stages.run(recipe(mesh__data=data, mesh__fsdp=fsdp), workdir)
+    assert "resumed from step 10" in capfd.readouterr().err
+    ours, theirs = read_metrics(workdir / "dpo"), read_metrics(finished / "dpo")
+    assert ours[: TOTAL - 1] == theirs[: TOTAL - 1]  # up to there nothing is computed again
+    for record, other in zip(ours[TOTAL - 1 :], theirs[TOTAL - 1 :], strict=True):
+        assert record == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
 def test_samples_are_shown_and_kept_over_a_kill_and_change_nothing(finished, tmp_path, capfd):
     config = recipe(
         stages=("sft",), sft__samples=3, sft__sample_tokens=6, sft__eval_every=3
