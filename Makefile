@@ -1,14 +1,11 @@
 # make quickstart   install what running needs, then SFT and DPO on the built-in data, what the
 #                   policy says and which tokens it rewards, and a page that shows it all
-# make test         the same environment plus the test extra, then the suite; WORKERS=4 of them
+# make test         the same environment plus the test extra, then the suite
 # make lint         ruff, as the pre-commit hook runs it
 # make benchmark    what a DPO step takes in time and memory against PyTorch, how it grows, and
 #                   whether its input keeps up; OPTIONS=--quick tries that all of it runs
 PYTHON ?= python3
 BIN := .venv/bin
-
-# Processes that share the files of tests; each makes eight devices and takes some 2 GiB.
-WORKERS := 2
 
 .PHONY: quickstart test lint benchmark
 
@@ -30,7 +27,7 @@ quickstart: .venv/installed
 	$(BIN)/python launch/analyze.py report --run $(RUN)
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -20,7 +20,6 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from jaxdpo import processes
 from jaxdpo.accounting import Accounts, Work, peak_flops, speeds
@@ -46,6 +45,8 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: str | Path, *, after: int | None):
+        from tensorboardX import SummaryWriter  # brings torch where that is installed: seconds
+
         folder, writes = Path(folder), processes.is_first()
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "metrics.jsonl"

@@ -143,10 +143,11 @@ def _begin_as_told(told: list[str | None]) -> None:
 
 def _is_part_of_a_job() -> bool:
     """Whether a scheduler says so in a way that JAX reads."""
-    of_slurm = "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS", "1")
-    of_open_mpi = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
-    of_a_slice = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return (of_slurm or "1") != "1" or of_open_mpi != "1" or of_a_slice
+    counts = [os.environ.get("OMPI_COMM_WORLD_SIZE")]
+    if "SLURM_STEP_NODELIST" in os.environ:  # not so in a shell that srun has not started
+        counts.append(os.environ.get("SLURM_NTASKS"))
+    several = any(count not in (None, "1") for count in counts)
+    return several or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def _initialize(*told: Any) -> None:

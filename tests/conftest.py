@@ -11,8 +11,7 @@ import tempfile
 # Steps in flight on fake devices starve each other on few cores unless XLA's thread pool
 # is larger than the devices; it must be set before the backend starts.
 os.environ.setdefault("NPROC", "32")
-if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers share what the session has
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxdpo-programs-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxdpo-programs-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
@@ -32,6 +31,4 @@ def quick_compile():
 
 
 def pytest_unconfigure():
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -12,30 +12,33 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cluster import local
 
-from jaxdpo import InputError, processes
+from jaxdpo import InputError, completions, processes, prompts, runs, transcript
 from jaxdpo.metrics import read_metrics
 from jaxdpo.records import read_log
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
-    "synthetic.sft_train": 48,
-    "synthetic.sft_test": 12,
+    "stages": "('dpo',)",
+    "synthetic.sft_train": 8,
+    "synthetic.sft_test": 8,
     "synthetic.pairs_train": 48,
     "synthetic.pairs_test": 12,
     "model.overrides.num_layers": 1,
     "model.overrides.num_heads": 2,
     "model.overrides.width": 16,
     "model.overrides.mlp_width": 32,
-    **{f"{stage}.batch_size": 8 for stage in ("sft", "dpo")},
-    **{f"{stage}.eval_batch_size": 12 for stage in ("sft", "dpo")},
-    **{f"{stage}.eval_every": 4 for stage in ("sft", "dpo")},
-    **{f"{stage}.checkpoint_every": 2 for stage in ("sft", "dpo")},
-    **{f"{stage}.epochs": 2 for stage in ("sft", "dpo")},
-    **{f"{stage}.samples": 2 for stage in ("sft", "dpo")},
-    **{f"{stage}.sample_tokens": 8 for stage in ("sft", "dpo")},
+    "dpo.batch_size": 8,
+    "dpo.eval_batch_size": 12,
+    "dpo.eval_every": 4,
+    "dpo.checkpoint_every": 2,
+    "dpo.epochs": 2,
+    "dpo.num_buckets": 1,
+    "dpo.samples": 2,
+    "dpo.sample_tokens": 8,
     "dpo.trajectories": 8,
-    "dpo.trajectories_every": 6,
+    "dpo.trajectories_every": 0,
 }
 
 
@@ -132,7 +135,6 @@ ENDS = {
 @pytest.mark.parametrize(
     "how, which, waiting",
     [
-        ("mistake", 0, "the store"),
         ("mistake", 1, "a device"),
         ("bug", 1, "the store"),
         ("killed", 1, "a device"),
@@ -174,13 +176,14 @@ with Stop(hang_seconds=3) as stop:
 """
 
 
-@pytest.mark.slow
-def test_a_host_that_stands_still_ends_all_with_the_stacks(tmp_path):
-    """The others' step hangs; local.py kills what does not end half a minute after that."""
-    began = time.monotonic()
-    status, said = run(2, program(tmp_path, STUCK))
-    assert status == 1 and time.monotonic() - began < 90, said
-    assert "Timeout" in said and "of_each" in said  # where the main thread stood
+def test_a_host_that_stands_still_ends_the_others_with_their_stacks(tmp_path):
+    file, address = program(tmp_path, STUCK), f"127.0.0.1:{local.free_port()}"
+    told = [dict(zip(processes.TOLD, (address, "2", me), strict=True)) for me in "01"]
+    first, still = (started(1, file, **each) for each in told)
+    status, said = ended(first, 90)
+    still.kill()
+    ended(still)
+    assert status == 1 and "Timeout" in said and "of_each" in said, said  # where it stood
 
 
 def test_a_mistake_of_all_is_told_once(tmp_path):
@@ -209,15 +212,14 @@ with Stop() as stop:
 """
 
 
-@pytest.mark.parametrize("which, number", [(0, signal.SIGTERM), (1, signal.SIGINT)])
-def test_all_stop_after_the_same_step_whoever_was_asked(tmp_path, which, number):
+def test_all_stop_after_the_same_step_when_one_is_asked(tmp_path):
     file = program(tmp_path, STOP)
     process = started(2, file)
-    there = file.with_name(f"{file.name}.{which}")
+    there = file.with_name(f"{file.name}.1")
     deadline = time.monotonic() + 60
     while not (there.exists() and there.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.kill(int(there.read_text()), number)
+    os.kill(int(there.read_text()), signal.SIGTERM)
     status, said = ended(process, 60)
     assert status == 143, said
     first, second = re.findall(r"stops after (\d+)", said)
@@ -248,6 +250,29 @@ def test_what_a_process_is_told_is_checked(monkeypatch, told, said):
     with pytest.raises(InputError, match=said) as caught:
         processes.begin()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "told, several",
+    [
+        ({}, False),
+        (dict(SLURM_NTASKS="4"), False),  # a shell of salloc: one process until srun makes more
+        (dict(SLURM_NTASKS="1", SLURM_STEP_NODELIST="a"), False),
+        (dict(SLURM_NTASKS="4", SLURM_STEP_NODELIST="a,b"), True),
+        (dict(OMPI_COMM_WORLD_SIZE="2"), True),
+        (dict(TPU_WORKER_HOSTNAMES="a"), False),
+        (dict(TPU_WORKER_HOSTNAMES="a,b"), True),
+    ],
+)
+def test_a_scheduler_says_whether_there_are_several(monkeypatch, told, several):
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", *processes.TOLD):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr(processes, "_initialize", lambda *given: asked.append(given))
+    processes.begin()
+    assert asked == ([()] if several else [])
 
 
 def test_one_of_one_meets_nobody(monkeypatch):
@@ -298,23 +323,15 @@ def saved(workdir, stage):
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(one, two):
     """Losses and rewards of training and evaluation, the reference, trajectories, samples."""
-    for stage in ("sft", "dpo"):
-        ours, theirs = (read_metrics(workdir / stage) for workdir in (two, one))
-        assert [r["step"] for r in ours] == [r["step"] for r in theirs] == list(range(13))
-        ours, theirs = numbers(ours), numbers(theirs)
-        assert ours.keys() == theirs.keys()
-        for key, value in ours.items():  # sums over two devices, in either case
-            assert value == pytest.approx(theirs[key], rel=1e-6, abs=1e-6), key
-        said = [
-            (r["step"], r["prompt"], r["text"]) for r in read_log(two / stage / "samples.jsonl")
-        ]
-        assert said == [
-            (r["step"], r["prompt"], r["text"]) for r in read_log(one / stage / "samples.jsonl")
-        ]
+    ours, theirs = (read_metrics(workdir / "dpo") for workdir in (two, one))
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs] == list(range(13))
+    # Sums over two devices, in either case.
+    assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-6, abs=1e-6)
+    texts = lambda records: [(r["step"], r["prompt"], r["text"]) for r in records]
+    ours, theirs = (texts(read_log(x / "dpo/samples.jsonl")) for x in (two, one))
+    assert len(ours) == 8 and ours == theirs
     ours, theirs = (numbers(read_log(x / "dpo/trajectories.jsonl")) for x in (two, one))
-    assert ours.keys() == theirs.keys() and len(ours) > 60
-    for key, value in ours.items():
-        assert value == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key
+    assert len(ours) > 60 and ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     for side in ("train", "eval"):
         ours, theirs = (np.load(x / f"dpo/reference/{side}.npy") for x in (two, one))
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
@@ -334,7 +351,7 @@ def test_a_host_that_is_killed_costs_nothing(two, tmp_path):
     """A run of two, one of them killed while it trains, goes on to the same bits."""
     workdir = tmp_path / "run"
     shutil.copytree(two, workdir)
-    shutil.rmtree(workdir / "dpo")  # as if SFT had just ended
+    shutil.rmtree(workdir / "dpo")  # as if nothing had been trained
     process = train(2, workdir)
     log = workdir / "dpo/metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -366,25 +383,26 @@ def test_one_process_goes_on_where_two_were(two, tmp_path):
 
 @pytest.mark.slow
 def test_what_two_processes_decode_and_export_is_what_one_does(two, tmp_path):
-    prompts = ["--data", two / "data/pairs_test.jsonl", "--limit", 5, "--max_new_tokens", 8]
-    for count in (1, 2):
-        out = tmp_path / f"{count}.jsonl"
-        command = [ROOT / "launch/decode.py", "--model", f"{two}:dpo", "--reference", f"{two}:sft"]
-        command += ["--beta", 0.1, "--method", "beam", "--beam_size", 3, *prompts, "--out", out]
-        status, said = run(count, *command)
-        assert status == 0, said
-        to = tmp_path / f"hf{count}"
-        status, said = run(
-            count, ROOT / "launch/convert.py", "--workdir", two, "--stage", "dpo", "--to", to
-        )
-        assert status == 0, said
-    ours, theirs = (read_log(tmp_path / f"{count}.jsonl") for count in (2, 1))
-    assert [[c["text"] for c in r["completions"]] for r in ours] == [
-        [c["text"] for c in r["completions"]] for r in theirs
-    ]
-    for r, s in zip(ours, theirs, strict=True):
-        for c, d in zip(r["completions"], s["completions"], strict=True):
-            assert c["implicit_reward"] == pytest.approx(d["implicit_reward"], abs=1e-5)
+    data = dict(data=str(two / "data/pairs_test.jsonl"), limit=5)
+    command = ["--model", f"{two}:dpo", "--reference", f"{two}:start", "--beta", 0.1]
+    command += ["--method", "beam", "--beam_size", 3, "--max_new_tokens", 8]
+    command += [word for key, value in data.items() for word in (f"--{key}", value)]
+    status, said = run(2, ROOT / "launch/decode.py", *command, "--out", tmp_path / "two.jsonl")
+    assert status == 0, said
+    status, said = run(2, ROOT / "launch/convert.py", "--workdir", two, "--to", tmp_path / "hf2")
+    assert status == 0, said
+
+    asked, _ = prompts.collected(**data)
+    scoring = completions.scoring(model=f"{two}:dpo", reference=f"{two}:start", beta=0.1)
+    beams = dict.fromkeys(completions.OPTIONS) | {"beam_size": 3}
+    method = completions.method("beam", beams)
+    ready = completions.decoder(scoring, **method, max_new_tokens=8)
+    theirs = transcript.decode(ready, asked, out=None)
+    runs.export(two, "dpo", tmp_path / "hf1")
+    for ours, other in zip(read_log(tmp_path / "two.jsonl"), theirs, strict=True):
+        for found, wanted in zip(ours["completions"], other["completions"], strict=True):
+            assert found["text"] == wanted["text"]
+            assert found["implicit_reward"] == pytest.approx(wanted["implicit_reward"], abs=1e-5)
     files = [sorted(p.name for p in (tmp_path / f"hf{count}").iterdir()) for count in (1, 2)]
     assert files[0] == files[1]
     for name in files[0]:
