@@ -409,7 +409,6 @@ def test_other_versions_are_told_and_both_kept(finished, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("mesh", [(1, 8), (2, 4), (4, 2)], ids=str)
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.slow
 def test_another_mesh_goes_on_from_the_same_examples(finished, tmp_path, capfd, mesh):
     """To rounding: other sums over other devices."""
