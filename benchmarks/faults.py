@@ -26,8 +26,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+import results
 
 ROOT = Path(__file__).parents[1]
 KEYS = {
@@ -154,19 +153,15 @@ def disturbed(out: Path, processes: int, kills: int, draw: random.Random) -> lis
             sys.exit(f"{log}: a start that nobody disturbed ended with {status}")
 
 
-def table(processes: int, found: list[dict]) -> Table:
-    shown = Table("fault", "tries", "at", "exit status", "s to the end", title=f"{processes}")
+def rows(found: list[dict]) -> list[list]:
+    """For each fault: tries, what the run was at, exit statuses, and the longest end in seconds."""
+    shown = []
     for fault in HOW:
         those = [kill for kill in found if kill["fault"] == fault]
-        at = Counter(kill["moment"] for kill in those)
-        statuses = Counter(kill["status"] for kill in those)
-        shown.add_row(
-            fault,
-            str(len(those)),
-            ", ".join(f"{where} {count}" for where, count in at.most_common()),
-            ", ".join(f"{status} ({count})" for status, count in statuses.most_common()),
-            f"{max((kill['seconds'] for kill in those), default=0):.1f}",
-        )
+        at, statuses = (Counter(kill[key] for kill in those) for key in ("moment", "status"))
+        several = (", ".join(f"{what} {n}" for what, n in c.most_common()) for c in (at, statuses))
+        seconds = max((kill["seconds"] for kill in those), default=0.0)
+        shown.append([fault, len(those), *several, f"{seconds:.1f}"])
     return shown
 
 
@@ -182,12 +177,13 @@ def main() -> None:
     out = options.out.absolute()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    results = {}
+    found = {}
     for processes in options.processes:
         draw = random.Random(f"{options.seed} {processes}")
-        results[processes] = disturbed(out, processes, options.kills, draw)
-        Console().print(table(processes, results[processes]))
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+        found[processes] = disturbed(out, processes, options.kills, draw)
+        columns = ["fault", "tries", "at", "exit status", "s to its end"]
+        results.table(f"{processes} processes", columns, rows(found[processes]))
+    results.write(out, found)
 
 
 if __name__ == "__main__":

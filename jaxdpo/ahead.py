@@ -212,7 +212,8 @@ def _training(config, stage, model, mesh, shape, lengths) -> Report:
 def _reference(model, mesh, shape) -> Report:
     shapes = runs.param_shapes(model)
     params = _placed(shapes, sharding.param_shardings(shapes, mesh))
-    logps = jax.jit(functools.partial(token_logps, model))
+    rows = NamedSharding(mesh, sharding.batch_spec)
+    logps = jax.jit(functools.partial(token_logps, model), out_shardings=rows)
     lower = lambda: logps.lower(params, _batch(mesh, shape, reference=False))
     return _compiled("reference pass", mesh, lower)
 

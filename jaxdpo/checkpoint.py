@@ -10,6 +10,7 @@ Left out: what a checkpoint means for a run (`train`), and export (`convert`).
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -99,8 +100,8 @@ class Checkpoints:
         for step in sorted(self._steps(), reverse=True):
             try:
                 return step, self.restore(step, state)
-            except Spoilt as fault:
-                self._set_aside(step, fault)
+            except Spoilt as error:
+                processes.from_first(functools.partial(self._set_aside, step, error))
                 self._checkpointer.reload()  # the step is to be saved again
         if any(self.folder.glob("*.spoilt")):
             raise InputError(
@@ -168,7 +169,7 @@ class Checkpoints:
         if not self._clean:
             raise fault
         aside = self.folder / f"{step}.spoilt"
-        processes.from_first(lambda: os.replace(self.folder / str(step), aside))
+        os.replace(self.folder / str(step), aside)
         self._say(f"warning: {fault}; it is set aside as {aside.name}")
 
     def _unreadable(self, step: int | str, why: object) -> Spoilt:

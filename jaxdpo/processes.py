@@ -63,6 +63,8 @@ def is_first() -> bool:
 def from_first(make: Callable[[], T]) -> T:
     """What `make` returns on the first process, which alone calls it, on all: JSON values.
 
+    As the first calls it alone, `make` must not ask all processes for anything itself.
+
     >>> from_first(lambda: [1, "a"])
     [1, 'a']
     """
@@ -72,6 +74,17 @@ def from_first(make: Callable[[], T]) -> T:
     if is_first():
         store().key_value_set(key, json.dumps(make()))
     return json.loads(_awaited(key))
+
+
+def first_then_others(make: Callable[[], T]) -> T:
+    """What `make` returns here; the others call it once the first has left on disk what it reads.
+
+    >>> first_then_others(lambda: 3)
+    3
+    """
+    made = make() if is_first() else None
+    from_first(lambda: None)
+    return made if is_first() else make()
 
 
 def of_each(numbers: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ SIZES = ("sft_train", "sft_test", "pairs_train", "pairs_test")  # of synthetic
 POSTS = ("posts_train", "posts_test")  # the same; 0 where they do not stand
 TINY, HUGE = 1e-12, 1e30  # what must be positive; what has no other upper limit
 OPTIONAL = ("max_prompt_length",)  # may be None
+ALSO = {float: (int,), tuple: (list,), type(None): (int,)}  # what else may stand for a default
 # Keys of a stage that train nothing.
 OBSERVING = ("samples", "sample_tokens", "trajectories", "trajectories_every", "hang_seconds")
 # Keys that change how rows are packed and nothing but time; the last is of older versions.
@@ -202,11 +203,10 @@ def _check_types(config: ConfigDict, known: ConfigDict, prefix: str = "") -> Non
                 raise InputError(f"{name}: {str(value)[:40]!r} cannot stand there")
             _check_types(value, default, f"{name}.")
             continue
-        kinds = (type(default),) if default is not None else (int, type(None))
-        kinds += (int,) if float in kinds else (type(None),) if key in OPTIONAL else ()
-        kinds += (tuple, list) if tuple in kinds else ()
+        kinds = {type(default), *ALSO.get(type(default), ())}
+        kinds |= {type(None)} if key in OPTIONAL else set()
         if type(value) not in kinds:
-            said = " or ".join(kind.__name__ for kind in kinds)
+            said = " or ".join(sorted(kind.__name__ for kind in kinds))
             raise InputError(f"{name}: {str(value)[:40]!r} is of no type that it may have ({said})")
         if isinstance(value, int | float) and not abs(value) <= HUGE:
             raise InputError(f"{name}: {str(value)[:40]} is not finite, or too large")

@@ -80,12 +80,10 @@ def _stores(
     eos = eos_id(tokenizer, config.eos_token)
     stores = {}
     for side, rows in examples.items():
-        make = functools.partial(
-            tokenize, rows, tokenizer, eos=eos, limits=limits, folder=workdir / "tokens"
-        )
-        key = processes.from_first(lambda: make().key)  # noqa: B023
-        stores[side] = make()  # which the first one has written
-        if stores[side].key != key:
+        options = dict(eos=eos, limits=limits, folder=workdir / "tokens")
+        made = functools.partial(tokenize, rows, tokenizer, **options)
+        stores[side] = processes.first_then_others(made)
+        if stores[side].key != processes.from_first(lambda: stores[side].key):  # noqa: B023
             raise InputError(
                 f"{name} {side}: process {jax.process_index()} reads other rows, or has another "
                 "tokenizer, than the first one; give all of them the same files"

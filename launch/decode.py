@@ -50,7 +50,8 @@ def main() -> None:
     method = completions.method(METHOD.value, given(" ".join(completions.OPTIONS)))
     limits = given("max_new_tokens min_new_tokens no_repeat_ngram batch_size")
     asked, report = prompts.collected(**given("prompt prompts data format split limit"))
-    console.print(str(report or ""), markup=False, end="\n" if report else "")
+    if report is not None:
+        console.print(str(report), markup=False)
     transcript.check(OUT.value)  # before a model is loaded
     ready = completions.decoder(scoring, **method, **limits)
     Console().print(transcript.table(transcript.decode(ready, asked, out=OUT.value)))

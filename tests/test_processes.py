@@ -314,7 +314,7 @@ def numbers(records):
 
 def saved(workdir, stage):
     """The fingerprints of all checkpoints that are kept, which say what every array was."""
-    files = sorted((workdir / stage / "checkpoints").glob("*/_CHECKPOINT_METADATA"))
+    files = sorted((workdir / stage / "checkpoints").glob("*[0-9]/_CHECKPOINT_METADATA"))
     found = [json.loads(file.read_text())["custom_metadata"]["fingerprints"] for file in files]
     assert found
     return found
@@ -353,17 +353,19 @@ def test_a_host_that_is_killed_costs_nothing(two, tmp_path):
     shutil.copytree(two, workdir)
     shutil.rmtree(workdir / "dpo")  # as if nothing had been trained
     process = train(2, workdir)
-    log = workdir / "dpo/metrics.jsonl"
+    evaluated = workdir / "dpo/checkpoints/4"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
+    while time.monotonic() < deadline and not evaluated.is_dir():
         time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
     status, said = ended(process, 60)
     assert status not in (0, 2, 143), said
     assert not (workdir / "dpo/done.json").exists()
+    # And a file that cannot be read, which the first process finds and the other is told of.
+    (evaluated / "metrics/metrics").write_text('{"lo')
     status, said = ended(train(2, workdir))
-    assert status == 0, said
+    assert status == 0 and evaluated.with_suffix(".spoilt").is_dir(), said
     assert read_metrics(workdir / "dpo") == read_metrics(two / "dpo")
     assert saved(workdir, "dpo") == saved(two, "dpo")
 
