@@ -211,12 +211,14 @@ def test_one_process_keeps_all_devices_of_its_machine():
     assert given.coordinator.startswith("127.0.0.1:")
 
 
-def test_a_failure_ends_the_others(monkeypatch):
+@pytest.mark.parametrize("end, status", [("exit 7", 7), ("kill -TERM $$; sleep 60", 143)])
+def test_a_failure_ends_the_others(monkeypatch, end, status):
+    """SIGTERM, too, before a process listens to it: the others would wait for it to begin."""
     monkeypatch.setattr(local, "LAST_WORDS", 0.2)
-    script = 'if [ "$JAX_PROCESS_ID" = 1 ]; then exit 7; fi; exec sleep 60'
+    script = f'if [ "$JAX_PROCESS_ID" = 1 ]; then {end}; fi; exec sleep 60'
     began = time.monotonic()
     processes = local.start(local.arguments(["--processes=3", "--", "bash", "-c", script]))
-    assert local.wait(processes, []) == [137, 7, 137]
+    assert local.wait(processes, []) == [137, status, 137]
     assert time.monotonic() - began < 20
 
 

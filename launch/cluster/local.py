@@ -83,7 +83,8 @@ def wait(processes: list[subprocess.Popen], signals: list[int]) -> list[int]:
             number = signals.pop(0)
             for process in running:
                 process.send_signal(number)
-        if any(status(process) not in (None, 0, STOPPED) for process in processes):
+        # One that SIGTERM found before it could listen has stopped, but told nobody.
+        if any(process.returncode not in (None, 0, STOPPED) for process in processes):
             deadline = min(deadline, time.monotonic() + LAST_WORDS)
         if time.monotonic() > deadline:
             for process in running:
