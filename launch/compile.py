@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import door
+import jax
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
@@ -33,6 +34,7 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
+    jax.config.update("jax_enable_compilation_cache", False)  # no program of it can be run here
     config, stage, console = CONFIG.value, STAGE.value, Console(soft_wrap=True)
     recipe.check(config)
     if stage not in config.stages:
