@@ -10,7 +10,8 @@ the same. A start after a kill must go on from the newest checkpoint that was th
 fails where any of it is not so.
 
 The run is small (two stages of 250 steps, a checkpoint every third, a reference pass of some
-seconds), so that moments are spread over starting, training, saving and the pass.
+seconds), and killed within half the time that it takes, so that moments are spread over starting,
+training, saving and the pass.
 """
 
 import argparse
@@ -50,7 +51,6 @@ KEYS = {
 }
 HOW = {"kill -9, all": (signal.SIGKILL, True), "kill -9, one": (signal.SIGKILL, False)}
 HOW |= {"SIGTERM": (signal.SIGTERM, False)}
-LONGEST = 14.0  # seconds from a start to a kill
 
 
 def started(workdir: Path, processes: int, log: Path) -> subprocess.Popen:
@@ -114,9 +114,10 @@ def outcome(workdir: Path) -> dict:
 
 def disturbed(out: Path, processes: int, kills: int, draw: random.Random) -> list[dict]:
     """The kills, each with its moment, its exit status and where the next start went on."""
-    alone = out / f"alone-{processes}"
+    alone, began = out / f"alone-{processes}", time.monotonic()
     if started(alone, processes, out / f"alone-{processes}.log").wait():
         sys.exit(f"{alone}.log: the run that was left alone has failed")
+    longest = (time.monotonic() - began) / 2
     wanted, found, workdir = outcome(alone), [], out / f"killed-{processes}"
     log, ends = out / f"killed-{processes}.log", 0
     log.touch()
@@ -124,7 +125,7 @@ def disturbed(out: Path, processes: int, kills: int, draw: random.Random) -> lis
         left, began, before = kills - len(found), log.stat().st_size, newest(workdir)
         process = started(workdir, processes, log)
         if left:
-            time.sleep(draw.uniform(0.5, LONGEST))
+            time.sleep(draw.uniform(0.5, longest))
         else:
             process.wait()
         fault = draw.choice(sorted(HOW)) if left and process.poll() is None else None
