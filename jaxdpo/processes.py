@@ -10,6 +10,7 @@ whose (`sharding.row_parts`), and stopping at the same step (`stopping`).
 import itertools
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -171,6 +172,8 @@ def _initialize(*told: Any) -> None:
             f"environment: this process cannot meet the others ({error}); look at "
             f"{', '.join(TOLD)} and whether all of them have been started"
         ) from error
+    # JAX has begun to listen to SIGTERM, for a service that nobody uses here: it would be lost.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _awaited(key: str) -> str:

@@ -129,6 +129,7 @@ ENDS = {
     "mistake": ("raise InputError('row 3: is no pair; mend it')", 2, "error: row 3: is no pair"),
     "bug": ("raise ValueError('of a bug')", 1, "error: ValueError: of a bug"),
     "killed": ("os.kill(os.getpid(), signal.SIGKILL)", None, ""),
+    "terminated": ("os.kill(os.getpid(), signal.SIGTERM)", None, ""),  # outside a loop
 }
 
 
@@ -139,6 +140,7 @@ ENDS = {
         ("bug", 1, "the store"),
         ("killed", 1, "a device"),
         ("killed", 0, "the store"),
+        ("terminated", 1, "a device"),
     ],
 )
 def test_one_that_fails_ends_all_within_seconds(tmp_path, how, which, waiting):
