@@ -29,6 +29,8 @@ _Texts = tuple[str, str, str | None]  # prompt, chosen, rejected
 _TLDR = "TL;DR:"
 _ASSISTANT = "\n\nAssistant:"
 _KINDS = {str: "a string", int: "an integer", list: "a list", dict: "an object"}
+_KINDS |= {float: "a number", bool: "a boolean"}
+_SCALARS = (str, int, float, bool)
 
 
 class Pair(NamedTuple):
@@ -81,7 +83,8 @@ class _BadRow(Exception):
     """The reason why a row is not a pair."""
 
 
-def _field(row: dict, path: str, kind: type = str):
+def _field(row: dict, path: str, *kinds: type):
+    kinds = kinds or (str,)
     value = row
     for key in path.split("."):
         if isinstance(value, list):
@@ -91,8 +94,8 @@ def _field(row: dict, path: str, kind: type = str):
         value = value[key]
     if value is None:
         raise _BadRow(f"null field {path!r}")
-    if type(value) is not kind:  # isinstance would take true for the integer 1
-        raise _BadRow(f"field {path!r} is not {_KINDS[kind]}")
+    if type(value) not in kinds:  # isinstance would take true for the integer 1
+        raise _BadRow(f"field {path!r} is not {' or '.join(map(_KINDS.get, kinds))}")
     return value
 
 
@@ -306,6 +309,25 @@ def read_pairs(
     report = _report(source, format, limit, pairs, skipped)
     _refuse_bad_data(report, max_bad_fraction)
     return pairs, report
+
+
+def field_values(
+    source: str, path: str, pairs: Iterable[Pair], *, split: str = "train"
+) -> list[str | int | float | bool]:
+    """What a field (dotted where nested) holds in the row of each pair that `read_pairs` gave.
+
+    Raises `InputError` that names the first row in which it is missing, null, a list or an object.
+    """
+    lines, values = {pair.line for pair in pairs}, []
+    for line, row in enumerate(islice(_rows(source, split), max(lines, default=0)), start=1):
+        if line in lines:
+            try:
+                values.append(_field(_parsed(row), path, *_SCALARS))
+            except _BadRow as reason:
+                raise InputError(
+                    f"{source} line {line}: {reason}; name a field that every row has"
+                ) from None
+    return values
 
 
 def _report(

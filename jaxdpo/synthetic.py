@@ -35,7 +35,7 @@ class _Kind(NamedTuple):
     summary: list[str]  # clauses of a summary
 
 
-_KINDS = {
+KINDS = {
     "city": _Kind(
         "Oslo Paris Rome Madrid Vienna Dublin Berlin Athens Boston Denver Seattle Toronto "
         "Sydney Tokyo Cairo Lima".split(),
@@ -95,8 +95,8 @@ _KINDS = {
         ["I wonder if I should {}", "maybe I should {}"],
     ),
 }
-_OTHERS = ["My cousin", "My aunt", "My best friend", "A friend of mine", "An old classmate"]
-_FILLERS = [
+OTHERS = ["My cousin", "My aunt", "My best friend", "A friend of mine", "An old classmate"]
+FILLERS = [
     "Sorry for the long post.",
     "Thanks for reading.",
     "Any help is welcome.",
@@ -116,9 +116,9 @@ _TITLES = [
     "Am I wrong here?",
 ]
 _HEADER = "SUBREDDIT: r/{}\n\nTITLE: {}\n\nPOST:"
-_PROMPT = _HEADER + " {}\n\nTL;DR:"
-_JOINTS = [(". ", ". "), (", ", " and "), ("; ", "; ")]  # between clauses, before the last
-_MOST_VALUES = min(len(kind.values) for kind in _KINDS.values())
+PROMPT = _HEADER + " {}\n\nTL;DR:"
+JOINTS = [(". ", ". "), (", ", " and "), ("; ", "; ")]  # between clauses, before the last
+_MOST_VALUES = min(len(kind.values) for kind in KINDS.values())
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,10 @@ class Task:
     sft_error_rate: float = 0.2  # share of the SFT completions that are wrong
 
     def __post_init__(self):
-        _check_count("facts", self.facts, 1, len(_KINDS))
+        _check_count("facts", self.facts, 1, len(KINDS))
         _check_count("stated", self.stated, 1, self.facts)
         _check_count("distractors", self.distractors, 0, self.facts)
-        _check_count("fillers", self.fillers, 0, len(_FILLERS))
+        _check_count("fillers", self.fillers, 0, len(FILLERS))
         _check_count("values", self.values, 3, _MOST_VALUES)
         if not (isinstance(self.errors, tuple | list) and len(self.errors) == 2):
             raise InputError(f"errors: {self.errors!r} must be a pair (fewest, most)")
@@ -321,33 +321,33 @@ def _of_split(task: Task, seed: str, split: str) -> tuple[random.Random, dict, d
 
 def _post(task: Task, rng: random.Random) -> tuple[dict, dict, str]:
     """Kind -> value of the writer's facts and of the distractors, and the prompt."""
-    kinds = rng.sample(list(_KINDS), task.facts)
-    drawn = {kind: rng.sample(_KINDS[kind].values[: task.values], 2) for kind in kinds}
+    kinds = rng.sample(list(KINDS), task.facts)
+    drawn = {kind: rng.sample(KINDS[kind].values[: task.values], 2) for kind in kinds}
     facts = {kind: own for kind, (own, _) in drawn.items()}
     distractors = {kind: drawn[kind][1] for kind in kinds[: task.distractors]}
     sentences = _told(facts, rng)
     for kind, value in distractors.items():
-        others = rng.choice(_KINDS[kind].others)
-        sentences.append(others.format(value, who=rng.choice(_OTHERS)))
-    sentences += rng.sample(_FILLERS, task.fillers)
+        others = rng.choice(KINDS[kind].others)
+        sentences.append(others.format(value, who=rng.choice(OTHERS)))
+    sentences += rng.sample(FILLERS, task.fillers)
     rng.shuffle(sentences)
     header = rng.choice(_SUBREDDITS), rng.choice(_TITLES)
-    return facts, distractors, _PROMPT.format(*header, " ".join(sentences))
+    return facts, distractors, PROMPT.format(*header, " ".join(sentences))
 
 
 def _told(facts: dict[str, str], rng: random.Random) -> list[str]:
     """A sentence for each fact."""
-    return [rng.choice(_KINDS[kind].own).format(value) for kind, value in facts.items()]
+    return [rng.choice(KINDS[kind].own).format(value) for kind, value in facts.items()]
 
 
 def _wording(kinds: list[str], rng: random.Random) -> list[tuple[str, str, str]]:
     """Clauses in a random order, as (kind, text before the value, text after it)."""
-    inner, last = rng.choice(_JOINTS)
+    inner, last = rng.choice(JOINTS)
     kinds = rng.sample(kinds, len(kinds))
     joints = [" ", *[inner] * (len(kinds) - 2), last][: len(kinds)]
     wording = []
     for kind, joint in zip(kinds, joints, strict=True):
-        before, after = rng.choice(_KINDS[kind].summary).split("{}")
+        before, after = rng.choice(KINDS[kind].summary).split("{}")
         if joint in (" ", ". "):
             before = before[0].upper() + before[1:]
         wording.append((kind, joint + before, after))
@@ -362,7 +362,7 @@ def _wrong_summary(task, rng, wording, facts, distractors) -> tuple[str, tuple[E
     stated = dict(facts)
     for kind in rng.sample(list(facts), rng.randint(*task.errors)):
         elsewhere = {facts[kind], distractors.get(kind)}
-        absent = [v for v in _KINDS[kind].values[: task.values] if v not in elsewhere]
+        absent = [v for v in KINDS[kind].values[: task.values] if v not in elsewhere]
         from_post = rng.random() < task.from_post
         stated[kind] = distractors[kind] if from_post else rng.choice(absent)
     errors, end = [], 0
@@ -378,13 +378,13 @@ def _wrong_summary(task, rng, wording, facts, distractors) -> tuple[str, tuple[E
 def _texts() -> Iterable[str]:
     """Texts that together hold every piece of every text that a task can make."""
     for subreddit in _SUBREDDITS:
-        yield from (_PROMPT.format(subreddit, title, _FILLERS[0]) for title in _TITLES)
-    yield from (" " + text for text in _FILLERS + _OTHERS)
-    yield from (f"{inner}I{last}I" for inner, last in _JOINTS)
-    for kind in _KINDS.values():
+        yield from (PROMPT.format(subreddit, title, FILLERS[0]) for title in _TITLES)
+    yield from (" " + text for text in FILLERS + OTHERS)
+    yield from (f"{inner}I{last}I" for inner, last in JOINTS)
+    for kind in KINDS.values():
         for template in kind.own + kind.others + kind.summary:
             for text in (template, template[0].upper() + template[1:]):
-                yield " " + text.format(kind.values[0], who=_OTHERS[0])
+                yield " " + text.format(kind.values[0], who=OTHERS[0])
         yield from (" " + value for value in kind.values)
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxdpo import InputError
-from jaxdpo.pairs import Pair, read_pairs, sft_examples, split_by_prompt
+from jaxdpo.pairs import Pair, field_values, read_pairs, sft_examples, split_by_prompt
 
 TLDR = pathlib.Path(__file__).parents[2] / "shared/data/tldr"
 needs_data = pytest.mark.skipif(not TLDR.is_dir(), reason=f"no {TLDR}: real data is absent")
@@ -370,6 +370,43 @@ def test_a_hub_name_is_read_with_its_split(monkeypatch):
     pairs, report = read_pairs("owner/data.v1", **options)
     assert texts(pairs) == [tuple(GOOD.values())]
     assert report.skipped == {"null field 'chosen'": [2]}
+
+
+def test_a_fields_values_stand_beside_their_pairs_also_where_rows_before_them_were_bad(tmp_path):
+    said = [{"batch": "a", "extra": {"sure": 9}}, {"batch": "b", "extra": {"sure": 2.5}}]
+    rows = [GOOD | said[0], b"not JSON", GOOD | said[1] | {"chosen": " also right"}, {"batch": "c"}]
+    file = jsonl(tmp_path, *rows)
+    pairs, _ = read_pairs(file, format="pairs", max_bad_fraction=1.0)
+    assert field_values(file, "batch", pairs) == ["a", "b"]
+    assert field_values(file, "extra.sure", pairs) == [9, 2.5]
+    assert field_values(file, "chosen", pairs[1:]) == [" also right"]
+    assert field_values(file, "batch", []) == []
+
+
+def test_a_fields_values_come_from_the_split_of_a_hub(monkeypatch):
+    load = lambda name, split: datasets.Dataset.from_list([GOOD | {"split": split}])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    pairs, _ = read_pairs("owner/name", format="pairs", split="test")
+    assert field_values("owner/name", "split", pairs, split="test") == ["test"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({}, "missing field 'extra.sure'"),
+        ({"extra": 1}, "missing field 'extra.sure'"),
+        ({"extra": {"sure": None}}, "null field 'extra.sure'"),
+        ({"extra": {"sure": [1]}}, "field 'extra.sure' is not a string or an integer or a number"),
+        ({"extra": {"sure": {}}}, "field 'extra.sure' is not a string"),
+    ],
+    ids=str,
+)
+def test_a_row_without_the_field_is_named_by_line(tmp_path, row, reason):
+    file = jsonl(tmp_path, GOOD | {"extra": {"sure": True}}, GOOD | row)
+    pairs, _ = read_pairs(file, format="pairs")
+    assert field_values(file, "extra.sure", pairs[:1]) == [True]
+    with pytest.raises(InputError, match=f"rows.jsonl line 2: {reason}"):
+        field_values(file, "extra.sure", pairs)
 
 
 def test_a_hub_that_cannot_be_reached_is_an_input_error(monkeypatch):

@@ -30,7 +30,7 @@ def told(post: str, kind: str, wording: str) -> list[str]:
     """Values that the post gives for a kind, read by its sentences, not by its record."""
     wordings = [
         re.escape(sentence).replace(r"\{\}", r"(\w+)").replace(r"\{who\}", "[A-Z][a-z ]+")
-        for sentence in getattr(synthetic._KINDS[kind], wording)
+        for sentence in getattr(synthetic.KINDS[kind], wording)
     ]
     pattern = "|".join(f"(?<![^.?] ){wording}" for wording in wordings)
     return [value for found in re.findall(pattern, post) for value in found if value]
@@ -51,7 +51,7 @@ def test_an_error_spans_a_wrong_value_that_the_post_refutes(task):
         ]:
             for kind, start, end, right, wrong in errors:
                 assert text[start:end] == wrong != right
-                assert {right, wrong} <= set(synthetic._KINDS[kind].values[: task.values])
+                assert {right, wrong} <= set(synthetic.KINDS[kind].values[: task.values])
                 assert told(post, kind, "own") == [right]
 
 
@@ -69,7 +69,7 @@ def test_mending_the_errors_gives_the_chosen_summary(rate):
 
 
 def test_the_chosen_summary_states_only_facts_of_the_post():
-    kind_of = {value: kind for kind, k in synthetic._KINDS.items() for value in k.values}
+    kind_of = {value: kind for kind, k in synthetic.KINDS.items() for value in k.values}
     for one in drawn(Task(), 500):
         values = [word for word in re.findall(r"\w+", one.chosen) if word in kind_of]
         assert len(values) == Task().stated
@@ -78,10 +78,10 @@ def test_the_chosen_summary_states_only_facts_of_the_post():
 
 
 def test_a_value_is_one_word_of_one_kind_and_stands_in_no_wording():
-    values = [value for kind in synthetic._KINDS.values() for value in kind.values]
+    values = [value for kind in synthetic.KINDS.values() for value in kind.values]
     assert len(values) == len(set(values))
-    wordings = synthetic._OTHERS + synthetic._FILLERS + synthetic._TITLES
-    for kind in synthetic._KINDS.values():
+    wordings = synthetic.OTHERS + synthetic.FILLERS + synthetic._TITLES
+    for kind in synthetic.KINDS.values():
         assert len(kind.values) == synthetic._MOST_VALUES
         wordings = wordings + kind.own + kind.others + kind.summary
     assert not set(values) & set(re.findall(r"\w+", " ".join(wordings)))
@@ -90,13 +90,13 @@ def test_a_value_is_one_word_of_one_kind_and_stands_in_no_wording():
 
 def test_the_word_before_a_value_tells_the_kind_and_whose_fact_it_is():
     def cues(kind, wording):
-        texts = getattr(synthetic._KINDS[kind], wording)
+        texts = getattr(synthetic.KINDS[kind], wording)
         return {text.split("{}")[0].split()[-1] for text in texts}
 
-    own = {kind: cues(kind, "own") | cues(kind, "summary") for kind in synthetic._KINDS}
+    own = {kind: cues(kind, "own") | cues(kind, "summary") for kind in synthetic.KINDS}
     assert all(len(words) == 1 for words in own.values())
     assert len(set.union(*own.values())) == len(own)
-    for kind in synthetic._KINDS:
+    for kind in synthetic.KINDS:
         assert not cues(kind, "others") & set.union(*own.values())
 
 
@@ -130,7 +130,7 @@ def test_a_rephrased_rejected_differs_in_length_but_not_in_facts():
         for error in one.errors:
             assert error.right in one.chosen
             mended = mended.replace(error.wrong, error.right)
-        values = {v for kind in synthetic._KINDS.values() for v in kind.values}
+        values = {v for kind in synthetic.KINDS.values() for v in kind.values}
         words = [set(re.findall(r"\w+", text)) & values for text in (mended, one.chosen)]
         assert words[0] == words[1]
 
@@ -318,10 +318,10 @@ def test_a_post_tells_its_facts_twice_and_says_nothing_else(task):
         header, text = synthetic.post(task, seed=0, split="train", index=index)
         assert re.fullmatch(r"SUBREDDIT: r/\w+\n\nTITLE: .+\n\nPOST:", header)
         first, again = re.fullmatch(r" (.+)\n\nPOST: (.+)", text).groups()
-        facts = {kind: told(first, kind, "own") for kind in synthetic._KINDS}
+        facts = {kind: told(first, kind, "own") for kind in synthetic.KINDS}
         assert sum(map(len, facts.values())) == task.facts
-        assert facts == {kind: told(again, kind, "own") for kind in synthetic._KINDS}
-        assert not any(told(again, kind, "others") for kind in synthetic._KINDS)
+        assert facts == {kind: told(again, kind, "own") for kind in synthetic.KINDS}
+        assert not any(told(again, kind, "others") for kind in synthetic.KINDS)
         assert pieces.decode(pieces.encode(text).ids) == text and "TL;DR" not in text
 
 
