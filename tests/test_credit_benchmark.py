@@ -17,6 +17,7 @@ from jaxdpo.analysis import credit_benchmark, credit_measures, credit_tables, kn
 from jaxdpo.analysis.credit_measures import EVENLY, OVER_BASE, RANDOM, REWARD, SFT
 from jaxdpo.analysis.known_errors import Case
 from jaxdpo.analysis.token_scores import whole_store
+from jaxdpo.analysis.trials import Trial, by_setting, trials_of
 from jaxdpo.pairs import Pair
 from jaxdpo.pythia_config import PythiaConfig
 from jaxdpo.records import read_json, write_json
@@ -270,7 +271,7 @@ def test_groups_of_runs_are_averaged_and_swept(looked):
         for n, sign in enumerate([1, -1, 1, 1, 0])
     ]
     settings = [(0.1, 10), (0.1, 10), (0.1, 20), (0.3, 20), (1.0, 20)]
-    groups = credit_measures.groups(settings)
+    groups = by_setting(settings)
     record = credit_measures.measured(groups, trials, responses, mended, seed=0)
     assert record["main"] == {"beta": 0.1, "pairs": 20, "runs": 1}
     aurocs = {(row["beta"], row["pairs"]): row["auroc"][REWARD] for row in record["sweep"]}
@@ -386,10 +387,10 @@ def test_the_noise_floor_is_beta_times_that_of_both_models_of_the_main_group(fol
     noise = {"policy": 0.25, "sft": 0.5}
     planted = lambda model, *_: noise[Path(model.name).name]
     monkeypatch.setattr(credit_benchmark, "noise_floor", planted)
-    trial = credit_benchmark.Trial(str(folder / "policy"), str(folder / "sft"), None, 0.1)
+    trial = Trial(str(folder / "policy"), str(folder / "sft"), None, 0.1)
     trials = [trial, trial._replace(beta=0.4, seed=0), trial._replace(beta=0.4, seed=1)]
     file = str(folder / "pairs_test.jsonl")
-    monkeypatch.setattr(credit_benchmark, "_trials", lambda *_: (trials, [(file, "pairs")]))
+    monkeypatch.setattr(credit_benchmark, "trials_of", lambda *_: (trials, [(file, "pairs")]))
     credit_benchmark.write(**given(folder, data=None, limit=4, out=str(folder / "noise")))
     record = read_json(folder / "noise/credit_benchmark.json")
     assert record["main"]["beta"] == 0.4 and record["noise_floor"] == 0.4 * (0.25 + 0.5)
@@ -571,7 +572,7 @@ def test_runs_of_a_folder_know_their_seed_pairs_and_what_their_reference_was_mad
     run_folder(tmp_path / "one", weights="{workdir}/../seed0:sft", seed=3, pairs=9)
     run_folder(tmp_path / "two", weights="owner/name", beta=0.3)
     run_folder(tmp_path / "whole", stages=["sft", "dpo"], beta=0.5)
-    trials, _ = credit_benchmark._trials(str(tmp_path), {})
+    trials, _ = trials_of(str(tmp_path), {})
     one, two, whole = trials
     assert (one.seed, one.pairs, two.beta, whole.name) == (3, 9, 0.3, "whole")
     assert one.base == f"{tmp_path}/one/../seed0:start" and two.base is None
@@ -584,14 +585,14 @@ def test_runs_of_a_folder_know_their_seed_pairs_and_what_their_reference_was_mad
 def test_runs_that_differ_in_seed_start_and_limit_alone_are_one_group(tmp_path):
     for name, seed in (("one", 1), ("two", 2)):
         run_folder(tmp_path / name, weights=f"owner/{name}", seed=seed)
-    trials, _ = credit_benchmark._trials(str(tmp_path), {})
+    trials, _ = trials_of(str(tmp_path), {})
     assert [(one.seed, one.pairs, one.beta) for one in trials] == [(1, 7, 0.1), (2, 7, 0.1)]
 
 
 def test_a_run_with_other_models_is_no_longer_that_run(tmp_path):
     run_folder(tmp_path / "run", stages=["sft", "dpo"])
     run_folder(tmp_path / "half", stages=["sft", "dpo"], done=False)
-    trial = lambda run, **models: credit_benchmark._trials(str(tmp_path / run), models)[0][0]
+    trial = lambda run, **models: trials_of(str(tmp_path / run), models)[0][0]
     own = trial("run")
     assert (own.name, own.seed, own.pairs) == ("run", 0, 7)
     assert trial("run", beta=0.5, base="b") == own._replace(beta=0.5, base="b")

@@ -5,9 +5,8 @@ defined. Over several runs it is the mean over them. Left out: where responses a
 come from (`credit_benchmark`), the statistics themselves (`detection`).
 """
 
-import math
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -68,18 +67,6 @@ def scores(
     found |= {} if base is None else {OVER_BASE: reference - base}
     chance = np.random.default_rng(seed).uniform(-0.5, 0.5, len(reward))
     return found | {EVENLY: evenly, RANDOM: chance}
-
-
-def groups(settings: Sequence[Hashable]) -> dict[Hashable, list[int]]:
-    """The trials that share a setting, in order.
-
-    >>> groups([0.1, 0.3, 0.1])
-    {0.1: [0, 2], 0.3: [1]}
-    """
-    found: dict[Hashable, list[int]] = {}
-    for number, setting in enumerate(settings):
-        found.setdefault(setting, []).append(number)
-    return found
 
 
 def measured(
@@ -149,7 +136,7 @@ def _detection(samples: Resamples, scores: Scores, responses: Sequence[Response]
     }
     for name, statistic in (("gap", detection.gap), ("pooled_auroc", detection.pooled_auroc)):
         found[name] = {
-            score: _listed(statistic(samples, values[:, places], wrong, unit))
+            score: statistic(samples, values[:, places], wrong, unit).as_json()
             for score, values in scores.items()
         }
     return {
@@ -276,7 +263,7 @@ def _spill(samples: Resamples, scores: Scores, responses: Sequence[Response]) ->
     for number, part in enumerate(PARTS):
         of_part = {name: sums[name][..., number] for name in names}
         share = {
-            name: _listed(detection.ratio(samples, of_part[name], totals[name], unit))
+            name: detection.ratio(samples, of_part[name], totals[name], unit).as_json()
             for name in names
             if name not in unclear
         }
@@ -357,9 +344,5 @@ def _subset(values: Values, here: np.ndarray) -> Values:
 
 def _means(samples: Resamples, values: Values) -> Record:
     return {
-        name: _listed(detection.mean(samples, of, values.unit)) for name, of in values.of.items()
+        name: detection.mean(samples, of, values.unit).as_json() for name, of in values.of.items()
     }
-
-
-def _listed(estimate: Estimate) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in estimate]

@@ -4,18 +4,17 @@ Left out: what the numbers mean (`credit_measures`, `detection`).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Table
 
-from jaxdpo.analysis import page
+from jaxdpo.analysis import page, tables
 from jaxdpo.analysis.credit_measures import EVENLY, LOST, RANDOM, REWARD, SFT
 from jaxdpo.analysis.page import visible
+from jaxdpo.analysis.tables import Shown
 from jaxdpo.records import Record
 
 INK, WRONG, OTHERS = "#000000", "#d1495b", ("#1f6fb4", "#2a9d6f", "#a06ab4", "#8a8a8a", "#b98a2f")
@@ -34,16 +33,7 @@ NARROW = 0.02  # no axis of AUROCs is shorter
 BELOW = "The last columns: how often an error scores below the right value in its place."
 
 
-class Shown(NamedTuple):
-    """A table as text."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    note: str = ""
-
-
-def tables(record: Record) -> list[Shown]:
+def shown(record: Record) -> list[Shown]:
     """Everything in the record that a table can say; tables without rows are left out."""
     made = [
         _scores(record),
@@ -58,32 +48,18 @@ def tables(record: Record) -> list[Shown]:
 
 def rich_tables(record: Record) -> list[Table]:
     """The tables for a console."""
-    shown = []
-    for title, header, rows, note in tables(record):
-        columns = [Column(name, overflow="fold") for name in header]
-        table = Table(*columns, title=title, caption=note or None, title_justify="left")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        shown.append(table)
-    return shown
+    return list(map(tables.rich_table, shown(record)))
 
 
 def markdown(record: Record) -> str:
     """The tables as Markdown."""
-    parts = []
-    for title, header, rows, note in tables(record):
-        plain = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-        lines = [f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *plain)]
-        parts.append("\n".join([f"## {title}\n", *lines, *([f"\n{note}"] if note else [])]))
-    return "\n\n".join(parts) + "\n"
+    return tables.markdown(shown(record))
 
 
 def section(record: Record) -> Markup:
     """The figure and the tables as a part of a page."""
-    parts = [page.figure(draw(record), "Which scores find the wrong tokens")]
-    for title, header, rows, note in tables(record):
-        parts.append(page.table(header, rows, f"{title}. {note}".strip()))
-    return Markup("\n").join(parts)
+    figure = page.figure(draw(record), "Which scores find the wrong tokens")
+    return Markup("\n").join([figure, *map(tables.html, shown(record))])
 
 
 def draw(record: Record) -> Figure:

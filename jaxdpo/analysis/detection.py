@@ -10,6 +10,7 @@ for all of them, since they were measured on the same ones. Left out: where scor
 (`credit_benchmark`).
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,14 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+    def as_json(self) -> list[float | None]:
+        """[value, low, high], null for what is not defined.
+
+        >>> Estimate(0.5, 0.25, float("nan")).as_json()
+        [0.5, 0.25, None]
+        """
+        return [value if math.isfinite(value) else None for value in self]
 
 
 class Resamples(NamedTuple):
