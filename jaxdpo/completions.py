@@ -174,6 +174,13 @@ def decoder(
     return Decoder(scoring, models, search, num_return, seed)
 
 
+def with_rule(decoder: Decoder, rule: Beams | Samples) -> Decoder:
+    """The same models, searched by another rule; `InputError` for one that cannot be."""
+    search = dataclasses.replace(decoder.search, rule=rule)
+    search.check()
+    return decoder._replace(search=search)
+
+
 def completions(
     decoder: Decoder, prompts: Sequence[Prompt], *, numbers: Sequence[int] | None = None
 ) -> Iterator[tuple[int, list[Record]]]:

@@ -5,14 +5,21 @@ comes to them. Which response is shown first is drawn by seed, so that a judge w
 comes first likes neither side; or both orders are asked, and a judge who changes its mind has
 called a tie. Left out: the judges themselves (`oracle`, `scored_judges`, `judge_server`), and
 what many verdicts come to (`analysis.win_rates`).
+
+A file of verdicts, one comparison to a line, can be asked again: `record` writes what
+`replay_judge` reads.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxdpo.records import Record
+from jaxdpo import InputError
+from jaxdpo.prompts import tail
+from jaxdpo.records import Record, read_log
 
 FIRST, SECOND, TIE, NONE = "first", "second", "tie", "none"  # NONE: no answer could be read
 
@@ -92,6 +99,74 @@ def judged(
     return [Judged(_winner(each), tuple(each)) for each in found]
 
 
+def record(comparison: Comparison, judged: Judged) -> Record:
+    """A comparison and what was said of it, as a line of a file of verdicts.
+
+    >>> one = Comparison("p", "aa", "b", "line 1")
+    >>> said = record(one, Judged("left", ((True, Verdict(FIRST, "longer")),)))
+    >>> said["winner"], said["verdicts"]
+    ('left', [{'left_first': True, 'preferred': 'first', 'reason': 'longer'}])
+    """
+    verdicts = [
+        {"left_first": left_first} | verdict._asdict() for left_first, verdict in judged.verdicts
+    ]
+    return comparison._asdict() | {"winner": judged.winner, "verdicts": verdicts}
+
+
+def replay_judge(file: str | Path) -> Judge:
+    """The judge who repeats the verdicts of a file, word by word; asks nobody.
+
+    A question is a prompt and two responses in their order; one that was put several times is
+    answered as it was each time. Raises `InputError` for a file without verdicts, and, asked,
+    for a question that it does not answer (so often).
+    """
+    recorded = _recorded(Path(file))
+    digest = hashlib.sha256(repr(sorted(recorded.items())).encode()).hexdigest()
+
+    def ask(questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
+        left = {question: iter(verdicts) for question, verdicts in recorded.items()}
+        for place, question in enumerate(questions):
+            verdict = next(left.get(question, iter(())), None)
+            if verdict is None:
+                raise InputError(
+                    f"{file}: holds no verdict on question {place + 1}, prompt "
+                    f"{tail(question.prompt)!r}, with these responses in this order; give the "
+                    "data, sides, orders and seed that it was made with, or ask a judge"
+                )
+            yield place, verdict
+
+    return Judge(f"replay of {file}", {"kind": "replay", "sha256": digest}, ask, fair=False)
+
+
+def _recorded(file: Path) -> dict[Question, list[Verdict]]:
+    """What a file of verdicts says to each question, in the order in which it was put."""
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; give the verdicts.jsonl of an evaluation")
+    recorded: dict[Question, list[Verdict]] = {}
+    for number, line in enumerate(read_log(file), 1):
+        try:
+            for question, verdict in _answers(line):
+                recorded.setdefault(question, []).append(verdict)
+        except (LookupError, TypeError, ValueError) as error:
+            raise InputError(f"{file} line {number}: is no verdict; restore the line") from error
+    if not recorded:
+        raise InputError(f"{file}: holds no verdicts; give the verdicts.jsonl of an evaluation")
+    return recorded
+
+
+def _answers(line: Record) -> Iterator[tuple[Question, Verdict]]:
+    for said in line["verdicts"]:
+        left_first, verdict = said["left_first"], Verdict(said["preferred"], said["reason"])
+        sides = [line["left"], line["right"]][:: 1 if left_first else -1]
+        question = Question(line["prompt"], *sides)
+        texts = all(isinstance(text, str) for text in (*question, *verdict))
+        if not (texts and isinstance(left_first, bool)):
+            raise TypeError
+        if verdict.preferred not in (FIRST, SECOND, TIE, NONE):
+            raise ValueError
+        yield question, verdict
+
+
 def _orders(seed: int, number: int, both: bool) -> tuple[bool, ...]:
     left_first = bool(np.random.default_rng([seed, number]).integers(2))
     return (left_first, not left_first) if both else (left_first,)
@@ -103,13 +178,14 @@ def _question(comparison: Comparison, left_first: bool) -> Question:
 
 
 def _winner(verdicts: Sequence[tuple[bool, Verdict]]) -> str:
-    sides = {_side(*one) for one in verdicts} - {NONE}
+    sides = {side(*one) for one in verdicts} - {NONE}
     if not sides:
         return NONE
     return sides.pop() if len(sides) == 1 else TIE
 
 
-def _side(left_first: bool, verdict: Verdict) -> str:
+def side(left_first: bool, verdict: Verdict) -> str:
+    """Which side a verdict is for: "left" or "right", or as it stands TIE or NONE."""
     if verdict.preferred in (TIE, NONE):
         return verdict.preferred
     return "left" if (verdict.preferred == FIRST) == left_first else "right"

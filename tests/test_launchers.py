@@ -118,7 +118,9 @@ def test_analyze_shows_and_draws_the_reward_of_every_token(data, tmp_path):
     assert {file.name for file in (tmp_path / "[out]").iterdir()} == written
 
 
-@pytest.mark.parametrize("launcher", ["analyze", "convert", "decode", "inspect_data", "train"])
+@pytest.mark.parametrize(
+    "launcher", ["analyze", "convert", "decode", "evaluate", "inspect_data", "train"]
+)
 def test_help_says_what_a_launcher_does_and_each_flag(launcher):
     done = run(launcher, "--help")
     assert done.returncode == 0 and f"python launch/{launcher}.py " in done.stdout
@@ -147,6 +149,7 @@ def test_help_says_what_a_launcher_does_and_each_flag(launcher):
         ("analyze", [], "a command is missing; choose credit, credit-benchmark, report"),
         ("analyze", ["report", "--run", "x", "--beta", "1"], "--beta: has no effect on report"),
         ("analyze", ["report", "--run", "nowhere"], "nowhere: no run there"),
+        ("evaluate", ["sweep", "--subset", "x"], "--subset: has no effect on sweep"),
         ("convert", ["--check", "{data}"], "config.json"),
         ("convert", ["--workdir", "{data}", "--to", "x"], "no run there"),
         ("convert", ["--check", "{data}", "--to", "x"], "give either"),
