@@ -46,12 +46,24 @@ Data flows through the modules in this order:
     prompts      where prompts come from: typed, a file, a data set
     completions  prompts as text -> completions as text: models, products, methods
     transcript   completions in a file, gone on with after a kill
+    judge        which of two responses is better: how a judge is asked, verdicts in a file
+    oracle       the built-in task's judge, who counts right, wrong and missing facts
+    scored_judges  judges that score a response: implicit reward, likelihood
+    chat         a chat server, asked within limits
+    judge_server  a judge behind a chat server; judge_cache: what it has answered already
+    judges       a judge by its name
+    sides        what a model, a file or the data set says to the same prompts
+    evaluation   a win rate from start to end
     corruption   wrong responses made from right ones by rule: the wrong characters are known
     analysis     figures, tables and pages:
       trajectories  implicit rewards in training: which fall, where, and what theory says
       token_scores  what a model says of every token of given responses
       credit        which tokens a policy rewards: a heat map
       credit_benchmark  how well that finds the tokens that are known to be wrong
+      win_rates, verdicts  what many verdicts come to, and as a page
+      sweep         win rate, length and implicit reward by the number of beams
+      preference_accuracy  how often a policy agrees with labelled pairs
+      trials        which models an analysis compares
       page, report  a run's folder as one page
 
 Axes in shapes: B rows, T positions, S scored positions, G groups of rows, P pairs to a
