@@ -52,10 +52,10 @@ def get_config() -> ConfigDict:
 
 
 def task() -> dict:
-    """Summaries of two facts; of those that SFT sees two in five are wrong."""
+    """Summaries of two facts; of those that SFT sees one in five is wrong."""
     knobs = dict(facts=4, stated=2, distractors=2, values=8, from_post=0.1, rephrase=1.0)
     sizes = dict(sft_train=24_000, sft_test=500, pairs_train=4_000, pairs_test=500)
-    return dict(seed=0, sft_error_rate=0.4, **knobs, **sizes)
+    return dict(seed=0, sft_error_rate=0.2, **knobs, **sizes)
 
 
 def sft(seed: int) -> dict:

@@ -20,12 +20,18 @@ from jaxdpo.analysis.credit import folder
 from jaxdpo.analysis.win_rates import win_rates
 from jaxdpo.judge import Comparison, Judge, judged, record
 from jaxdpo.metrics import console
-from jaxdpo.records import Record, differing, read_json, write_json, write_log
+from jaxdpo.records import (
+    Record,
+    check_known,
+    check_same,
+    settings_file,
+    write_json,
+    write_log,
+)
 from jaxdpo.sides import Asked, Side
 
 ROLES = ("policy", "opponent")
 NUMBERS, VERDICTS, CACHE = "win_rate.json", "verdicts.jsonl", "answers.jsonl"
-SETTINGS = VERDICTS + ".settings.json"
 OPTIONS = [
     name for name in completions.OPTIONS if name not in ("num_samples", "num_return", "seed")
 ]
@@ -75,14 +81,14 @@ def win_rate(
     made_by = _settings(asked, policy, opponent, subset, both_orders, seed)
     if judge not in judges.WITH_MODELS:  # whose models wait until those of the sides are let go
         made_by |= _identity(who())
-    _check_same(into, made_by)
+    _check_same(into / VERDICTS, made_by)
     both = [
         sides.side(name, asked, decoding=how, dtype=dtype, out=into / f"{role}.jsonl")
         for role, name in zip(ROLES, (policy, opponent), strict=True)
     ]
     made_by |= {role: one.identity for role, one in zip(ROLES, both, strict=True)}
     made_by |= _identity(who())
-    _check_same(into, made_by)
+    _check_same(into / VERDICTS, made_by)
     about = {"data": report.as_json(), "asked": limit, "settings": made_by}
     return _written(into, about, _comparisons(asked, both), both, who())
 
@@ -149,22 +155,11 @@ def _settings(
     }
 
 
-def _check_same(into: Path, made_by: Record) -> None:
-    """Raise `InputError` where the folder holds verdicts of other settings, or of nobody knows."""
-    if not (into / VERDICTS).exists():  # an attempt that came to nothing binds nobody
-        return
-    if not (into / SETTINGS).exists():
-        raise InputError(
-            f"{into / VERDICTS}: exists, and no {SETTINGS} says what made it; "
-            "name another folder, or move that file away"
-        )
-    there = read_json(into / SETTINGS)
-    there = {name: there[name] for name in made_by if name in there}
-    if differ := differing(there, made_by):
-        raise InputError(
-            f"{into}: was made with other settings; these differ: {', '.join(differ)}. "
-            "Name another folder, or set them back"
-        )
+def _check_same(verdicts: Path, made_by: Record) -> None:
+    """Raise `InputError` for verdicts of other settings, as far as they are known by now."""
+    if verdicts.exists():  # an attempt that came to nothing binds nobody
+        check_known(verdicts)
+        check_same(verdicts, made_by, but={*ROLES, "judge"} - made_by.keys())
 
 
 def _comparisons(asked: Sequence[Asked], both: Sequence[Side]) -> list[Comparison]:
@@ -198,7 +193,7 @@ def _written(
         record(*each) | {"lengths": length}
         for *each, length in zip(comparisons, said, counted.tolist(), strict=True)
     ]
-    write_json(into / SETTINGS, about["settings"])
+    write_json(settings_file(into / VERDICTS), about["settings"])
     write_log(into / VERDICTS, rows)
     write_json(into / NUMBERS, numbers)
     shown = verdicts.shown(numbers)

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from jaxdpo import InputError
-from jaxdpo.records import Record, differing, line, read_json, read_log, write_json
+from jaxdpo.records import (
+    Record,
+    check_known,
+    check_same,
+    line,
+    read_json,
+    read_log,
+    settings_file,
+    write_json,
+)
 
 
 class Answer(NamedTuple):
@@ -67,7 +76,7 @@ class JudgeCache:
     @property
     def notes(self) -> Record:
         """Those of whoever began the file."""
-        notes = read_json(self._sidecar).get("notes")
+        notes = read_json(settings_file(self.file)).get("notes")
         return notes if isinstance(notes, dict) else {}
 
     def __enter__(self) -> "JudgeCache":
@@ -78,7 +87,7 @@ class JudgeCache:
                 self._found = self._read()
                 self._end_line(self._log)
                 if not self._found:
-                    write_json(self._sidecar, self._settings | {"notes": self._notes})
+                    write_json(settings_file(self.file), self._settings | {"notes": self._notes})
                 opened.pop_all()
         except BlockingIOError as error:
             raise InputError(
@@ -105,29 +114,17 @@ class JudgeCache:
                 raise self._unwritable(error) from error
             self._found.setdefault(answer.key, []).append(answer)
 
-    @property
-    def _sidecar(self) -> Path:
-        return self.file.with_name(self.file.name + ".settings.json")
-
     def _unwritable(self, error: OSError) -> InputError:
         return InputError(f"{self.file}: cannot be written to ({error.strerror})")
 
     def _read(self) -> dict[str, list[Answer]]:
         """The answers that are there, by question, once they are known to be of these settings."""
         records = read_log(self.file)
-        if self.file.exists() and self.file.stat().st_size and not self._sidecar.exists():
-            raise InputError(
-                f"{self.file}: exists, and no {self._sidecar.name} says what made it; "
-                "name another file, or move that one away"
-            )
+        if self.file.exists() and self.file.stat().st_size:
+            check_known(self.file)
         if not records:  # an attempt that came to nothing binds nobody
             return {}
-        made_by = read_json(self._sidecar) | {"notes": {}}
-        if differ := differing(made_by, self._settings | {"notes": {}}):
-            raise InputError(
-                f"{self.file}: was made with other settings; these differ: {', '.join(differ)}. "
-                "Name another file, or set them back"
-            )
+        check_same(self.file, self._settings)
         found: dict[str, list[Answer]] = defaultdict(list)
         for number, record in enumerate(records, 1):
             answer = _answer(record, f"{self.file} line {number}")

@@ -8,7 +8,7 @@ half a line; it is left out by whoever reads the log, and cut off by whoever goe
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,30 @@ def differing(found: Record, wanted: Record, prefix: str = "") -> list[str]:
         elif key not in found or key not in wanted or json.dumps(sides[0]) != json.dumps(sides[1]):
             keys.append(prefix + key)
     return keys
+
+
+def settings_file(file: Path) -> Path:
+    """Where the settings stand that a file was made with."""
+    return file.with_name(file.name + ".settings.json")
+
+
+def check_known(file: Path) -> None:
+    """Raise `InputError` for a file of which nothing says what made it: it is somebody else's."""
+    if file.exists() and not settings_file(file).is_file():
+        raise InputError(
+            f"{file}: exists, and no {settings_file(file).name} says what made it; "
+            "name another file, or move that one away"
+        )
+
+
+def check_same(file: Path, wanted: Record, *, but: Collection[str] = ("notes",)) -> None:
+    """Raise `InputError`, naming the keys, for a file of other settings in all `but` some keys."""
+    of = lambda settings: {key: value for key, value in settings.items() if key not in but}
+    if differ := differing(of(read_json(settings_file(file))), of(wanted)):
+        raise InputError(
+            f"{file}: was made with other settings; these differ: {', '.join(differ)}. "
+            "Name another file, or set them back"
+        )
 
 
 def _parsed(text: bytes) -> Record | None:

@@ -18,7 +18,16 @@ from jaxdpo import InputError, processes
 from jaxdpo.completions import Decoder, completions, settings
 from jaxdpo.metrics import ProgressLine, console
 from jaxdpo.prompts import Prompt, tail
-from jaxdpo.records import Record, differing, line, read_json, read_log, write_json, write_log
+from jaxdpo.records import (
+    Record,
+    check_known,
+    check_same,
+    line,
+    read_log,
+    settings_file,
+    write_json,
+    write_log,
+)
 
 ROWS = 20  # of the table
 
@@ -34,11 +43,7 @@ def check(out: str | Path | None) -> None:
     if not file.name:
         raise InputError(f"out={str(out)!r}: names no file")
     try:
-        if file.exists() and not _sidecar(file).is_file():
-            raise InputError(
-                f"{file}: exists, and no {_sidecar(file).name} says what made it; "
-                "name another file, or move that one away"
-            )
+        check_known(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
@@ -65,7 +70,7 @@ def decode(ready: Decoder, prompts: Sequence[Prompt], *, out: str | Path | None)
         console.print(f"{file}: holds the completions of all {len(prompts)} prompts already")
     elif file is not None:
         if not there:
-            write_json(_sidecar(file), made_by)
+            write_json(settings_file(file), made_by)
         write_log(file, there)  # without half a line that a killed writer left
     records = there + _written(found, prompts, left, file)
     ordered = sorted(records, key=lambda record: record["index"])
@@ -118,22 +123,13 @@ def _written(
     return records
 
 
-def _sidecar(file: Path) -> Path:
-    return file.with_name(file.name + ".settings.json")
-
-
 def _there(file: Path, wanted: Record) -> list[Record]:
     """The records that the file holds already, each of another of the wanted prompts."""
     check(file)
     records = read_log(file)
     if not records:  # an attempt that came to nothing binds nobody
         return []
-    made_by = read_json(_sidecar(file)) | {"notes": wanted["notes"]}
-    if differ := differing(made_by, wanted):
-        raise InputError(
-            f"{file}: was made with other settings; these differ: {', '.join(differ)}. "
-            "Name another file, or set them back"
-        )
+    check_same(file, wanted)
     left = set(range(wanted["prompts"]["number"]))
     for number, record in enumerate(records, 1):
         index = record.get("index")
