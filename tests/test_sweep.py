@@ -166,7 +166,8 @@ def test_over_optimisation_is_a_fall_of_what_is_judged_and_not_of_what_is_search
 
 def test_tables_and_figure_show_every_cell(found):
     shown = record(found)
-    assert len(sweep_tables.table(shown).rows) == 6
+    whole, brief = sweep_tables.table(shown).rows, sweep_tables.brief(shown).rows
+    assert [row[:5] for row in whole] == [row[:5] for row in brief] and len(whole) == 6
     assert sweep_tables.markdown(shown).count("\n| 0.1 |") == 6
     fig = sweep_tables.draw(shown)
     assert len(fig.axes) == 6 and {ax.get_title() for ax in fig.axes[:2]} == {

@@ -116,7 +116,7 @@ def write(
     decoding |= {"temperature": temperature or 1.0, "batch_size": batch_size, "seed": seed or 0}
     found = swept(trials, ways, asked, who, into=into, **decoding)
     record = {"data": report.as_json(), "prompts": len(asked), "judge": who.name, "cells": found}
-    record |= {"opponent": f"the chosen of {source}", "decoding": decoding}
+    record |= {"opponent": f"the chosen of {Path(source).name}", "decoding": decoding}
     return _written(record | {"trials": [trial._asdict() for trial in trials]}, into)
 
 
@@ -125,7 +125,7 @@ def _written(record: Record, into: Path) -> list[Table | str]:
     (into / FILES[1]).write_text(sweep_tables.markdown(record), encoding="utf-8")
     sweep_tables.draw(record).savefig(into / FILES[2], dpi=130)
     wrote = ", ".join(str(into / name) for name in FILES)
-    table = tables.rich_table(sweep_tables.table(record))
+    table = tables.rich_table(sweep_tables.brief(record))
     return [table, *sweep_tables.readings(record), f"wrote {wrote}"]
 
 

@@ -18,10 +18,11 @@ HEADER = (
     *("beta", "method", "score", "beams", "win rate", "less one beam's", "length"),
     *("implicit reward", "log-probability", "ended"),
 )
+REWARD = "implicit_reward"
 PANELS = {  # row of the figure -> its name on the axis
     "win_rate": "win rate",
     "length": "length [tokens]",
-    "implicit_reward": "implicit reward",
+    REWARD: "implicit reward",
 }
 COLOURS = ("#1f6fb4", "#d1495b", "#2a9d6f", "#a06ab4", "#b98a2f", "#8a8a8a")
 STYLES = {"beam": "-", "beam_sample": "--"}
@@ -33,7 +34,7 @@ def rows(record: Record) -> list[tuple[str, ...]]:
         (
             *(f"{cell['beta']:g}", cell["method"], cell["norm"], str(cell["beam_size"])),
             *(shown(cell["win_rate"]), shown(cell["gain"], signed=True)),
-            *(shown(cell["length"], digits=1), shown(cell["implicit_reward"])),
+            *(shown(cell["length"], digits=1), shown(cell[REWARD])),
             *(shown(cell["logps"], digits=2), f"{cell['ended'][0]:.0%}"),
         )
         for cell in record["cells"]
@@ -43,6 +44,16 @@ def rows(record: Record) -> list[tuple[str, ...]]:
 def table(record: Record) -> Shown:
     """The table of all cells."""
     return Shown(_title(record), HEADER, rows(record))
+
+
+def brief(record: Record) -> Shown:
+    """As narrow as a console."""
+    few = [HEADER.index(name) for name in ("beta", "method", "score", "beams", "win rate")]
+    shown = [
+        (*(row[at] for at in few), *(f"{cell[name][0]:.2f}" for name in ("length", REWARD)))
+        for row, cell in zip(rows(record), record["cells"], strict=True)
+    ]
+    return Shown(_title(record), (*(HEADER[at] for at in few), "length", "reward"), shown)
 
 
 def markdown(record: Record) -> str:
@@ -134,11 +145,11 @@ def _over_optimised(line: Sequence[Record]) -> Record | None:
 
 
 def _draw_panel(ax: Axes, name: str, lines, colours: dict[float, str]) -> None:
-    for beta, method, _, cells in lines:
+    for place, (beta, method, _, cells) in enumerate(lines):
         value, low, high = np.array([cell[name] for cell in cells], float).T
         beside = np.maximum([value - low, high - value], 0)  # rounding may turn an end of no length
         ax.errorbar(
-            [cell["beam_size"] for cell in cells],
+            [cell["beam_size"] * 1.04**place for cell in cells],  # no interval hides another
             value,
             beside,
             color=colours[beta],
