@@ -2,7 +2,16 @@
 
 Source:    2404.12358, Section 5.2 and Figure 2, on the task of jaxdpo/synthetic.py
 Command:   python launch/train.py --config configs/figure2.py --workdir runs/figure2
-           python launch/evaluate.py sweep --run runs/figure2
+           python launch/evaluate.py sweep --run runs/figure2 --format completions
+               --data runs/figure2/seed0/data/sft_test.jsonl --max_new_tokens 48
+           The opponents are the summaries that SFT learns from, a fifth of which are wrong: those
+           of the pairs are all right, and could not be beaten
+Hardware:  two CPU cores, 2 GiB
+Time:      about 20 min for training, 5 for each seed and method of the sweep
+Expect:    of one seed, 200 prompts, deterministic beams: ranked by "total" win rates fall with more
+           beams (beta 0.03: 0.502 with 1, 0.475 with 20, paired difference -0.028 [-0.048, -0.013];
+           beta 0.1: 0.505 with 2, 0.477 with 5) while the log-probability found rises; ranked by
+           "generated" they stay within 0.02, and texts get longer, 13.1 to 13.8 tokens
 """
 
 from ml_collections import ConfigDict

@@ -27,6 +27,8 @@ from jaxdpo.step import (
 )
 from jaxdpo.train import put_batch
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 STORE = token_store(ragged_lengths(8, seed=4))
 SFT_STORE = token_store(ragged_lengths(8, seed=4) * [1, 1, 0])
 logps_of = jax.jit(partial(token_logps, TINY))
