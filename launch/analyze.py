@@ -10,11 +10,11 @@ A model is a Hugging Face folder, a hub name owner/name, or WORKDIR:STAGE[:best]
 WORKDIR:start is what it began from. --run gives the models, beta and data that are not given.
 """
 
+import commands
 import door
 from absl import flags
-from rich.console import Console
 
-from jaxdpo import InputError, pairs, processes
+from jaxdpo import InputError, pairs
 from jaxdpo.analysis import credit, credit_benchmark, report
 
 GIVEN = [
@@ -34,25 +34,23 @@ GIVEN = [
     flags.DEFINE_string("out", None, "The folder to write into; the run's if not given."),
 ]
 SCORED = "run model reference beta dtype data format split limit out"
+
+
+def reported(run: str | None) -> list:
+    if run is None:
+        raise InputError("--run: give the work directory of a run")
+    return report.write(run)
+
+
 COMMANDS = {
     "credit": (credit.write, f"{SCORED} examples"),
     "credit-benchmark": (credit_benchmark.write, f"{SCORED} base corrupt seed"),
-    "report": (lambda run: report.write(run), "run"),
+    "report": (reported, "run"),
 }
 
 
 def main(command: str) -> None:
-    if processes.several():
-        raise InputError("several processes: an analysis is of one, with all its devices")
-    write, names = COMMANDS[command]
-    given = {flag.name: flag.value for flag in GIVEN}
-    asked = {name: given.pop(name) for name in names.split()}
-    if without := [name for name, value in given.items() if value is not None]:
-        raise InputError(f"--{without[0]}: has no effect on {command}; leave it out")
-    if names == "run" and asked["run"] is None:
-        raise InputError("--run: give the work directory of a run")
-    for shown in write(**asked):
-        Console(soft_wrap=isinstance(shown, str)).print(shown, markup=False, highlight=False)
+    commands.call(command, COMMANDS, GIVEN)
 
 
 if __name__ == "__main__":

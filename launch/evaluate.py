@@ -11,14 +11,14 @@ A side is a model (see decode.py), a file that decode.py wrote, or the data's "c
 responses. A server is that of OPENAI_BASE_URL, its key that of OPENAI_API_KEY.
 """
 
+import commands
 import data_flags
 import decoding_flags
 import door
 import judge_flags
 from absl import flags
-from rich.console import Console
 
-from jaxdpo import InputError, evaluation, processes
+from jaxdpo import evaluation
 from jaxdpo.analysis import preference_accuracy, sweep
 
 SHARED = (data_flags, decoding_flags, judge_flags)
@@ -44,15 +44,7 @@ COMMANDS = {
 
 
 def main(command: str) -> None:
-    if processes.several():
-        raise InputError("several processes: an evaluation is of one, with all its devices")
-    write, names = COMMANDS[command]
-    given = {flag.name: flag.value for flag in GIVEN}
-    asked = {name: given.pop(name) for name in names.split()}
-    if without := [name for name, value in given.items() if value is not None]:
-        raise InputError(f"--{without[0]}: has no effect on {command}; leave it out")
-    for shown in write(**asked):
-        Console(soft_wrap=isinstance(shown, str)).print(shown, markup=False, highlight=False)
+    commands.call(command, COMMANDS, GIVEN)
 
 
 if __name__ == "__main__":
