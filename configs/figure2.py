@@ -11,7 +11,7 @@ Time:      about 20 min for training, 5 for each seed and method of the sweep
 Expect:    of one seed, 200 prompts, deterministic beams: ranked by "total" win rates fall with more
            beams (beta 0.03: 0.502 with 1, 0.475 with 20, paired difference -0.028 [-0.048, -0.013];
            beta 0.1: 0.505 with 2, 0.477 with 5) while the log-probability found rises; ranked by
-           "generated" they stay within 0.02, and texts get longer, 13.1 to 13.8 tokens
+           "generated" each beta's stay within 0.03, and texts get longer, 13.1 to 13.8 tokens
 """
 
 from ml_collections import ConfigDict

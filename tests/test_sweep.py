@@ -156,10 +156,12 @@ def cell(size, win_rate, step, logps):
 
 def test_over_optimisation_is_a_fall_of_what_is_judged_and_not_of_what_is_searched():
     rise, fall, unsure = [0.1, 0.05, 0.2], [-0.2, -0.3, -0.1], [-0.2, -0.3, 0.1]
+    unknown = [None, None, None]
     begins = cell(1, 0.5, None, -3.0), cell(2, 0.6, rise, -2.0)
     (said,) = sweep_tables.readings(record([*begins, cell(5, 0.4, fall, -1.5)]))
     assert "over-optimised from 5 beams on (a step of -0.200 [-0.300, -0.100])" in said
-    for other in (cell(5, 0.4, unsure, -1.5), cell(5, 0.4, fall, -2.5)):
+    for step, logps in ((unsure, -1.5), (fall, -2.5), (unknown, -1.5)):
+        other = cell(5, 0.4, step, logps)
         (said,) = sweep_tables.readings(record([*begins, other]))
         assert "over-optimisation is not seen" in said
 
@@ -185,6 +187,20 @@ def given(models, tmp_path_factory):
     return dict(run=None, model=models[0], reference=models[2], beta=0.1) | ways | asked
 
 
+def test_runs_that_hold_out_different_files_are_refused(tmp_path):
+    same = (str(tmp_path / "a/../test.jsonl"), "pairs"), (str(tmp_path / "test.jsonl"), "pairs")
+    assert sweep._held_out(same) == same[1]
+    with pytest.raises(InputError, match="the runs hold out different files"):
+        sweep._held_out([*same, (str(tmp_path / "other.jsonl"), "pairs")])
+
+
+@pytest.mark.parametrize("change", [{"max_new_tokens": 0}, {"temperature": 0.0}])
+def test_zero_is_refused_and_no_default(given, tmp_path, change):
+    methods = {"methods": ["beam_sample"]}
+    with pytest.raises(InputError, match=f"{min(change)}=0"):
+        sweep.write(**given | methods | change, out=str(tmp_path))
+
+
 def test_a_sweep_is_written_and_goes_on(given, tmp_path, monkeypatch):
     *_, wrote = sweep.write(**given, out=str(tmp_path))
     assert [Path(name).name for name in wrote.removeprefix("wrote ").split(", ")] == [*sweep.FILES]
@@ -206,6 +222,7 @@ def test_a_sweep_is_written_and_goes_on(given, tmp_path, monkeypatch):
     [
         ({"temperature": 0.7}, "temperature: has no effect without beam_sample"),
         ({"data": None}, "data: give held-out prompts"),
+        ({"methods": []}, "methods: none is given"),
         ({"judge": "nobody"}, "judge='nobody': is unknown"),
         ({"timeout": 3.0}, "timeout: has no effect on the oracle judge"),
         ({"model": None}, "--model: give it, or --run"),

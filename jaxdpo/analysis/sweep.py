@@ -8,6 +8,7 @@ averaged. Left out: the search (`decoding`), the judge (`judge`), and tables and
 (`sweep_tables`).
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,10 +40,9 @@ NORMS = {
     "sum": dict(length_penalty=0.0, early_stopping="never"),  # Eq. 13
 }
 MEASURES = ("win_rate", "length", "implicit_reward", "logps", "ended", "empty")
+# Of `write`, beside the models.
 OPTIONS = "data format split limit out methods norms beam_sizes max_new_tokens temperature "
-OPTIONS += (
-    f"batch_size dtype seed judge {' '.join(judges.OPTIONS)}"  # of `write`, beside the models
-)
+OPTIONS += f"batch_size dtype seed judge {' '.join(judges.OPTIONS)}"
 FILES = tuple(f"sweep.{kind}" for kind in ("json", "md", "png"))
 Measured = dict[str, np.ndarray]  # of each of the `MEASURES`, a number for every prompt
 
@@ -96,28 +96,40 @@ def write(
     folder; the same command goes on with them. Raises `InputError` for what is missing, wrong or
     without effect.
     """
-    ways = cells(methods or METHODS, norms or tuple(NORMS), beam_sizes or BEAM_SIZES)
+    given = (methods, METHODS), (norms, tuple(NORMS)), (beam_sizes, BEAM_SIZES)
+    ways = cells(*(default if one is None else one for one, default in given))
     if temperature is not None and "beam_sample" not in {cell.method for cell in ways}:
         raise InputError("temperature: has no effect without beam_sample; leave it out")
     models = {"model": model, "reference": reference, "beta": beta}
     trials, held_out = trials_of(
         run, {n: value for n, value in models.items() if value is not None}
     )
-    source, its_format = (data, "pairs") if data else held_out[0]
-    if not source:
-        raise InputError("data: give held-out prompts; there is no run that names them")
+    source, its_format = (data, "pairs") if data else _held_out(held_out)
     asked, report = sides.asked(source, format=format or its_format, split=split, limit=limit)
     console.print(str(report), markup=False)
     into = folder(out or (run and str(Path(run, "sweep"))))
     chosen = {one.prompt.texts[0]: one.chosen for one in asked}
     more = {"references": chosen, "cache": into / "answers.jsonl", "dtype": dtype}
     who = judges.judge(judge or "oracle", judging, **more)
-    decoding = {"max_new_tokens": max_new_tokens or sides.MAX_NEW_TOKENS, "dtype": dtype}
-    decoding |= {"temperature": temperature or 1.0, "batch_size": batch_size, "seed": seed or 0}
+    limits = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    decoding = {"max_new_tokens": sides.MAX_NEW_TOKENS, "temperature": 1.0}
+    decoding |= {name: value for name, value in limits.items() if value is not None}
+    decoding |= {"dtype": dtype, "batch_size": batch_size, "seed": seed or 0}
     found = swept(trials, ways, asked, who, into=into, **decoding)
     record = {"data": report.as_json(), "prompts": len(asked), "judge": who.name, "cells": found}
     record |= {"opponent": f"the chosen of {Path(source).name}", "decoding": decoding}
     return _written(record | {"trials": [trial._asdict() for trial in trials]}, into)
+
+
+def _held_out(of_runs: Sequence[tuple[str | None, str]]) -> tuple[str, str]:
+    """The file that all runs hold out, and its format."""
+    found = {(name and os.path.realpath(name), its_format) for name, its_format in of_runs}
+    if len(found) > 1:
+        raise InputError("data: the runs hold out different files; name the one to ask all of")
+    source, its_format = found.pop()
+    if not source:
+        raise InputError("data: give held-out prompts; there is no run that names them")
+    return source, its_format
 
 
 def _written(record: Record, into: Path) -> list[Table | str]:

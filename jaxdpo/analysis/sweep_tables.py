@@ -15,7 +15,7 @@ from jaxdpo.analysis.tables import Shown
 from jaxdpo.records import Record
 
 HEADER = (
-    *("beta", "method", "score", "beams", "win rate", "less one beam's", "length"),
+    *("beta", "method", "score", "beams", "win rate", "less the fewest", "length"),
     *("implicit reward", "log-probability", "ended"),
 )
 REWARD = "implicit_reward"
@@ -139,7 +139,8 @@ def _reading(beta: float, method: str, norm: str, line: Sequence[Record]) -> str
 
 def _over_optimised(line: Sequence[Record]) -> Record | None:
     for fewer, cell in itertools.pairwise(line):
-        if cell["step"][2] < 0 and cell["logps"][0] >= fewer["logps"][0]:
+        _, _, high = cell["step"]
+        if high is not None and high < 0 and cell["logps"][0] >= fewer["logps"][0]:
             return cell
     return None
 
