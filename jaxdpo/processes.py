@@ -32,6 +32,8 @@ POLL = 0.5  # seconds between two looks at whether another process has failed
 LAST_WORDS = 4 * POLL
 _END = "jaxdpo/end"
 _ending = threading.Lock()
+_over = threading.Event()
+_listening: list[threading.Thread] = []
 _values = itertools.count()  # every process asks for the same values in the same order
 
 
@@ -48,7 +50,8 @@ def begin() -> None:
     elif _is_part_of_a_job():
         _initialize()
     if several():
-        threading.Thread(target=_listen, daemon=True).start()
+        _listening.append(threading.Thread(target=_listen, daemon=True))
+        _listening[0].start()
 
 
 def several() -> bool:
@@ -101,6 +104,10 @@ def finish() -> None:
     """Wait until every process has come to its end: one that leaves early hears of no failure."""
     if several():
         store().wait_at_barrier("jaxdpo/finish", 24 * 3600 * 1000)
+        # A thread that comes back from JAX to an interpreter that is ending aborts the process.
+        _over.set()
+        for thread in _listening:
+            thread.join()
 
 
 def end_all(status: int, said: str) -> None:
@@ -187,10 +194,9 @@ def _awaited(key: str) -> str:
 
 def _listen() -> None:
     """End this process when another one says that it has failed."""
-    while jax.distributed.is_initialized():
+    while not _over.wait(POLL):
         if found(_END):
             _end()
-        time.sleep(POLL)
 
 
 def _end() -> None:

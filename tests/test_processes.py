@@ -85,7 +85,7 @@ def program(tmp_path, text):
     body = "\n".join("    " + line for line in text.strip().splitlines())
     file = tmp_path / "program.py"
     file.write_text(
-        "import door\nimport os, signal, sys, time\nimport jax, numpy as np\n"
+        "import door\nimport atexit, os, signal, sys, threading, time\nimport jax, numpy as np\n"
         "from jax.sharding import NamedSharding, PartitionSpec\n"
         "from ml_collections import ConfigDict\n"
         "from jaxdpo import InputError, processes, recipe, sharding\n"
@@ -112,6 +112,8 @@ for devices in ([0, 1, 2, 3], [0, 2, 1, 3], [3, 0, 2, 1]):
     np.testing.assert_array_equal(sharding.fetched({"x": placed})["x"], whole)
     np.testing.assert_array_equal(sharding.own_rows(placed), rows)
 os.write(2, f"agreed {me} \\n".encode())  # at once: the other one writes too
+# A thread that comes back from JAX's code to an interpreter that is ending aborts the process.
+atexit.register(lambda: threading.active_count() == 1 or os._exit(9))
 """
 
 
