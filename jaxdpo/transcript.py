@@ -50,13 +50,15 @@ def check(out: str | Path | None) -> None:
         raise InputError(f"{file}: cannot be written to ({error.strerror})") from error
 
 
-def decode(ready: Decoder, prompts: Sequence[Prompt], *, out: str | Path | None) -> list[Record]:
+def decode(
+    ready: Decoder, prompts: Sequence[Prompt], *, out: str | Path | None, label: str = "decoded"
+) -> list[Record]:
     """The completions of all prompts, in `out` (None: in no file) as they finish.
 
     A record has the `index` of a prompt, its text as `prompt` (or `prompts`, one for each
-    model) and its `completions`; see `completions.completions`. Raises `InputError`, before
-    anything is written, where `out` is a file of something else or of other settings, or a
-    prompt cannot be decoded.
+    model) and its `completions`; see `completions.completions`. Progress is shown as that of the
+    `label`. Raises `InputError`, before anything is written, where `out` is a file of something
+    else or of other settings, or a prompt cannot be decoded.
     """
     file = None if out is None else Path(out)
     made_by = settings(ready, prompts)
@@ -72,7 +74,8 @@ def decode(ready: Decoder, prompts: Sequence[Prompt], *, out: str | Path | None)
         if not there:
             write_json(settings_file(file), made_by)
         write_log(file, there)  # without half a line that a killed writer left
-    records = there + _written(found, prompts, left, file)
+    with ProgressLine(label, len(prompts), start=len(done), unit="prompts") as progress:
+        records = there + _written(found, prompts, left, file, progress)
     ordered = sorted(records, key=lambda record: record["index"])
     if file is not None and ordered != records:
         write_log(file, ordered)
@@ -106,13 +109,12 @@ def _written(
     prompts: Sequence[Prompt],
     left: list[int],
     file: Path | None,
+    progress: ProgressLine,
 ) -> list[Record]:
     """The records of what is found for the prompts that are left, each appended at once."""
     records, done = [], len(prompts) - len(left)
-    with (
-        open(file if file and processes.is_first() else os.devnull, "a", encoding="utf-8") as log,
-        ProgressLine("decoded", len(prompts), start=done, unit="prompts") as progress,
-    ):
+    to = file if file and processes.is_first() else os.devnull
+    with open(to, "a", encoding="utf-8") as log:
         for place, said in found:
             texts = prompts[left[place]].texts
             prompt = {"prompt": texts[0]} if len(texts) == 1 else {"prompts": list(texts)}

@@ -182,7 +182,8 @@ def swept(
     options = dict(max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size)
     found: dict[tuple[float, Cell], list[Measured]] = {}
     prompts = [one.prompt for one in asked]
-    for trial in trials:
+    for number, trial in enumerate(trials, 1):
+        console.print(f"policy {number} of {len(trials)}: {trial.policy}", markup=False)
         models = dict(model=trial.policy, reference=trial.reference, beta=trial.beta)
         ready = decoder(scoring(**models, dtype=dtype), ways[0].rule(temperature), **options)
         for cell, said in _decoded(ready, ways, prompts, temperature, into / (trial.name or ".")):
@@ -216,8 +217,9 @@ def _decoded(
     files: dict[str, list[Record]] = {}
     for cell in ways:
         if cell.file not in files:
-            one = with_rule(ready, cell.rule(temperature))
-            files[cell.file] = decode(one._replace(num_return=1), prompts, out=to / cell.file)
+            one = with_rule(ready, cell.rule(temperature))._replace(num_return=1)
+            label = Path(cell.file).stem
+            files[cell.file] = decode(one, prompts, out=to / cell.file, label=label)
         yield cell, files[cell.file]
 
 
