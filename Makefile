@@ -27,7 +27,7 @@ quickstart: .venv/installed
 	$(BIN)/python launch/analyze.py report --run $(RUN)
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ from jaxdpo.decoding import (
 )
 from jaxdpo.decoding import beam as beam_module
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 CASE = Case(2, 97, (3,), 3.0, 4, 12, 1.0, False)
 
 
