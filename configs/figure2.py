@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
         stage.checkpoint_every = 250
     config.sft.data.format = "completions"
     config.sft.batch_size = 8
+    config.sft.epochs = 2  # after one, two seeds of three have not learnt to copy all facts
     config.sft.learning_rate = 2e-3
     config.sft.warmup_steps = 200
     config.dpo.data.format = "pairs"
