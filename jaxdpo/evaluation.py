@@ -68,8 +68,8 @@ def win_rate(
     opponent, both_orders, seed = opponent or "chosen", bool(both_orders), seed or 0
     given = {"policy": policy, "opponent": opponent, "data": data, "judge": judge, "out": out}
     asking = {name: options.pop(name, None) for name in judges.OPTIONS}
-    _check(given, dtype, both_orders, seed)
-    judges.check(judge, asking)
+    _check(given, dtype, seed)
+    judges.check(judge, asking, both_orders=both_orders)
     how = _decoding(options, [policy, opponent], seed)
     asked, report = sides.asked(data, format=format, split=split, limit=limit, subset=subset)
     into = folder(out)
@@ -93,18 +93,13 @@ def win_rate(
     return _written(into, about, _comparisons(asked, both), both, who())
 
 
-def _check(given: Mapping[str, Any], dtype: str | None, both_orders: bool, seed: int) -> None:
+def _check(given: Mapping[str, Any], dtype: str | None, seed: int) -> None:
     """Raise `InputError` for what can be told before anything is read."""
     for name, value in given.items():
         if not value:
             raise InputError(f"{name}: is missing; give it")
     if given["policy"] == given["opponent"]:
         raise InputError(f"opponent={given['opponent']}: is the policy itself; give another")
-    if both_orders and given["judge"] in judges.FAIR:
-        raise InputError(
-            f"both_orders: has no effect on the {given['judge']} judge, to whom order is nothing; "
-            "leave it out"
-        )
     if seed < 0:
         raise InputError(f"seed={seed}: must be 0 or above")
     models = "model" in [sides.kind(given[role]) for role in ROLES]

@@ -25,11 +25,11 @@ FAIR = ("oracle", "reward", "likelihood")  # nothing is won by asking them in bo
 WITH_MODELS = ("reward", "likelihood")  # loaded as soon as the judge is there
 
 
-def check(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def check(kind: str, given: Mapping[str, Any], *, both_orders: bool = False) -> dict[str, Any]:
     """The options that are given, by name; None is not given.
 
-    Raises `InputError` for a judge that is unknown, and for an option that is missing or has no
-    effect on it.
+    Raises `InputError` for a judge that is unknown, for an option that is missing or has no
+    effect on it, and for `both_orders` where order is nothing to it.
 
     >>> check("likelihood", {"judge_model": "runs/quickstart:dpo", "timeout": None})
     {'judge_model': 'runs/quickstart:dpo'}
@@ -44,6 +44,11 @@ def check(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for name in NEEDED[kind]:
         if name not in given:
             raise InputError(f"{name}: is missing; the {kind} judge needs it")
+    if both_orders and kind in FAIR:
+        raise InputError(
+            f"both_orders: has no effect on the {kind} judge, to whom order is nothing; "
+            "leave it out"
+        )
     if len(prices := [name for name in _PRICES if name in given]) == 1:
         raise InputError(f"{prices[0]}: alone says no price; give both {' and '.join(_PRICES)}")
     return given

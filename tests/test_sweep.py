@@ -117,6 +117,16 @@ def test_gains_are_paired_and_steps_are_from_the_next_fewer_beams():
     assert five["gain"] == [0.0, -1.0, 1.0] and five["step"] == [-0.25, -1.0, 0.5]
 
 
+def test_a_judge_who_is_asked_in_both_orders_takes_nobodys_side():
+    first = Judge(
+        "first", {}, lambda asked: ((n, Verdict(FIRST)) for n, _ in enumerate(asked)), False
+    )
+    said = [{"completions": [{"text": " I feel bad."}]} for _ in ASKED]
+    once = sweep._wins(first, ASKED, said, seed=0, both_orders=False)
+    assert set(once) == {0.0, 1.0}
+    assert set(sweep._wins(first, ASKED, said, seed=0, both_orders=True)) == {0.5}
+
+
 def test_an_answer_that_nobody_could_read_is_left_out_and_counted():
     (way,) = cells(["beam"], ["sum"], [2])
     measures = {name: np.zeros(3) for name in sweep.MEASURES}
@@ -225,6 +235,7 @@ def test_a_sweep_is_written_and_goes_on(given, tmp_path, monkeypatch):
         ({"methods": []}, "methods: none is given"),
         ({"judge": "nobody"}, "judge='nobody': is unknown"),
         ({"timeout": 3.0}, "timeout: has no effect on the oracle judge"),
+        ({"both_orders": True}, "both_orders: has no effect on the oracle judge"),
         ({"model": None}, "--model: give it, or --run"),
         ({"limit": 0}, "limit=0: give a positive number"),
     ],

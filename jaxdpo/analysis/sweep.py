@@ -42,7 +42,7 @@ NORMS = {
 MEASURES = ("win_rate", "length", "implicit_reward", "logps", "ended", "empty")
 # Of `write`, beside the models.
 OPTIONS = "data format split limit out methods norms beam_sizes max_new_tokens temperature "
-OPTIONS += f"batch_size dtype seed judge {' '.join(judges.OPTIONS)}"
+OPTIONS += f"batch_size dtype seed judge both_orders {' '.join(judges.OPTIONS)}"
 FILES = tuple(f"sweep.{kind}" for kind in ("json", "md", "png"))
 Measured = dict[str, np.ndarray]  # of each of the `MEASURES`, a number for every prompt
 
@@ -86,6 +86,7 @@ def write(
     dtype: str | None = None,
     seed: int | None = None,
     judge: str | None = None,
+    both_orders: bool | None = None,
     **judging: Any,
 ) -> list[Table | str]:
     """Sweep a run, a folder of runs, or a policy by name, over ways to decode; what to print.
@@ -100,6 +101,8 @@ def write(
     ways = cells(*(default if one is None else one for one, default in given))
     if temperature is not None and "beam_sample" not in {cell.method for cell in ways}:
         raise InputError("temperature: has no effect without beam_sample; leave it out")
+    judge, both_orders = judge or "oracle", bool(both_orders)
+    judges.check(judge, judging, both_orders=both_orders)
     models = {"model": model, "reference": reference, "beta": beta}
     trials, held_out = trials_of(
         run, {n: value for n, value in models.items() if value is not None}
@@ -110,14 +113,15 @@ def write(
     into = folder(out or (run and str(Path(run, "sweep"))))
     chosen = {one.prompt.texts[0]: one.chosen for one in asked}
     more = {"references": chosen, "cache": into / "answers.jsonl", "dtype": dtype}
-    who = judges.judge(judge or "oracle", judging, **more)
+    who = judges.judge(judge, judging, **more)
     limits = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     decoding = {"max_new_tokens": sides.MAX_NEW_TOKENS, "temperature": 1.0}
     decoding |= {name: value for name, value in limits.items() if value is not None}
     decoding |= {"dtype": dtype, "batch_size": batch_size, "seed": seed or 0}
-    found = swept(trials, ways, asked, who, into=into, **decoding)
+    found = swept(trials, ways, asked, who, into=into, both_orders=both_orders, **decoding)
     record = {"data": report.as_json(), "prompts": len(asked), "judge": who.name, "cells": found}
     record |= {"opponent": f"the chosen of {Path(source).name}", "decoding": decoding}
+    record |= {"judging": dict(who.identity) | {"both_orders": both_orders}}
     return _written(record | {"trials": [trial._asdict() for trial in trials]}, into)
 
 
@@ -172,6 +176,7 @@ def swept(
     dtype: str | None,
     batch_size: int | None,
     into: Path,
+    both_orders: bool = False,
 ) -> list[Record]:
     """What each way of decoding comes to, for each beta: estimates over prompts and runs.
 
@@ -187,7 +192,7 @@ def swept(
         models = dict(model=trial.policy, reference=trial.reference, beta=trial.beta)
         ready = decoder(scoring(**models, dtype=dtype), ways[0].rule(temperature), **options)
         for cell, said in _decoded(ready, ways, prompts, temperature, into / (trial.name or ".")):
-            wins = _wins(judge, asked, said, seed)
+            wins = _wins(judge, asked, said, seed=seed, both_orders=both_orders)
             found.setdefault((trial.beta, cell), []).append(measured(said, wins))
     return _rows(found, len(prompts), seed)
 
@@ -223,16 +228,17 @@ def _decoded(
         yield cell, files[cell.file]
 
 
-def _wins(judge: Judge, asked: Sequence[Asked], said: Sequence[Record], seed: int) -> np.ndarray:
+def _wins(
+    judge: Judge, asked: Sequence[Asked], said: Sequence[Record], **orders: Any
+) -> np.ndarray:
     """1 where the policy's completion wins, 1/2 for a tie; NaN where no answer could be read."""
     best = [record["completions"][0]["text"] for record in said]
     comparisons = [
         Comparison(one.prompt.texts[0], text, one.chosen, one.prompt.place)
         for one, text in zip(asked, best, strict=True)
     ]
-    return np.array(
-        [POINTS.get(one.winner, np.nan) for one in judged(judge, comparisons, seed=seed)]
-    )
+    answers = judged(judge, comparisons, **orders)
+    return np.array([POINTS.get(one.winner, np.nan) for one in answers])
 
 
 def _rows(
