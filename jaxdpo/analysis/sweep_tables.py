@@ -86,7 +86,8 @@ def draw(record: Record) -> Figure:
     for norm, top, bottom in zip(norms, axes[0], axes[-1], strict=True):
         top.set_title(f"score: {norm}", fontsize=10)
         bottom.set_xlabel("beams")
-    axes[0, 0].legend(fontsize=7)
+    lines = axes[0, 0].get_legend_handles_labels()
+    fig.legend(*lines, loc="outside lower center", ncols=len(betas), fontsize=8)
     fig.suptitle(_title(record), fontsize=10)
     return fig
 
