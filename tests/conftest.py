@@ -29,8 +29,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 @pytest.fixture(autouse=True, scope="module")
 def tenured():
-    """What JAX keeps of a module's programs, no later collection of garbage looks through again:
-    a third of the suite's time."""
+    """What JAX keeps of a module's programs, no later collection of garbage looks through again."""
     yield
     gc.collect()
     gc.freeze()
