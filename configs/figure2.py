@@ -12,8 +12,8 @@ Time:      27 min for training, 17 for the sweep's 162 ways of decoding, with ot
 Expect:    three seeds, 250 prompts, win rate: with one draw 0.366, 0.371, 0.431 (beta 0.03, 0.1,
            0.5), with two drawn beams 0.419, 0.431, 0.503, and no more with 20; 0.427, 0.434, 0.500
            greedy, and within 0.005 of it with up to 20 deterministic beams. No over-optimisation.
-           After one epoch of SFT: ranked by "total" it begins at 5 beams for beta 0.03 (a step of
-           -0.013 [-0.027, -0.002]) and 0.1 (-0.021 [-0.038, -0.007]); see BUILD_NOTES.md
+           After one epoch of SFT there are signs of it: ranked by "total", from 5 beams on, for
+           beta 0.03 (a step of -0.013 [-0.027, -0.002]) and 0.1 (-0.021 [-0.038, -0.007])
 """
 
 from ml_collections import ConfigDict

@@ -113,6 +113,19 @@ def record(comparison: Comparison, judged: Judged) -> Record:
     return comparison._asdict() | {"winner": judged.winner, "verdicts": verdicts}
 
 
+def remembering(judge: Judge) -> Judge:
+    """The same judge, to whom no question is put twice: for sides that often say the same."""
+    known: dict[Question, Verdict] = {}
+
+    def ask(questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
+        new = [one for one in dict.fromkeys(questions) if one not in known]
+        if new:
+            known.update((new[place], verdict) for place, verdict in judge.ask(new))
+        yield from ((place, known[one]) for place, one in enumerate(questions))
+
+    return judge._replace(ask=ask)
+
+
 def replay_judge(file: str | Path) -> Judge:
     """The judge who repeats the verdicts of a file, word by word; asks nobody.
 

@@ -93,6 +93,18 @@ def test_what_is_decoded_alike_is_decoded_once(found, folder):
     assert len(found) == len(WAYS) == 6
 
 
+def test_no_question_is_put_to_the_judge_twice(found, policies, folder):
+    put = []
+
+    def ask(questions):
+        put.extend(questions)
+        return longer(questions)
+
+    again = swept(policies, WAYS, ASKED, JUDGE._replace(ask=ask), into=folder, **OPTIONS)
+    assert again == found and len(put) == len(set(put))
+    assert len(ASKED) < len(put) < len(policies) * len(WAYS) * len(ASKED)
+
+
 def test_norms_and_methods_are_not_the_same(found):
     logps = {(r["method"], r["norm"]): r["logps"][0] for r in found if r["beam_size"] == 3}
     # Of all that three beams find, no other rule returns what is more likely; drawn beams are less.

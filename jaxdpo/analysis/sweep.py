@@ -24,7 +24,7 @@ from jaxdpo.analysis.trials import Trial, trials_of
 from jaxdpo.analysis.win_rates import POINTS
 from jaxdpo.completions import Decoder, decoder, scoring, with_rule
 from jaxdpo.decoding import Beams, Warp
-from jaxdpo.judge import Comparison, Judge, judged
+from jaxdpo.judge import Comparison, Judge, judged, remembering
 from jaxdpo.metrics import console
 from jaxdpo.prompts import Prompt
 from jaxdpo.records import Record, write_json
@@ -186,7 +186,7 @@ def swept(
     """
     options = dict(max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size)
     found: dict[tuple[float, Cell], list[Measured]] = {}
-    prompts = [one.prompt for one in asked]
+    prompts, judge = [one.prompt for one in asked], remembering(judge)
     for number, trial in enumerate(trials, 1):
         console.print(f"policy {number} of {len(trials)}: {trial.policy}", markup=False)
         models = dict(model=trial.policy, reference=trial.reference, beta=trial.beta)
